@@ -233,9 +233,9 @@ class Draft(Tables):
         if reason:
             del table["database"]
             self._wrong("shared.database", reason, hint)
-        for key in ("account", "instance"):
+        for key in ("account", "instance", "inbox"):
             name = table.get(key)
-            if isinstance(name, str) and (flaw := name_flaw(name, may_be_empty=key == "instance")):
+            if isinstance(name, str) and (flaw := name_flaw(name, may_be_empty=key != "account")):
                 del table[key]
                 self._wrong(f"shared.{key}", flaw)
         return self._section("shared", Shared)

@@ -196,6 +196,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
             state folder.
         account: Daemons that name the same account share its caps, rates and holds.
         instance: Name of this daemon, unique in the database; empty: see ``config.shared``.
+        inbox: Daemons that name the same inbox process one inbox together; empty: each has one of its own.
         lease_seconds: After this time without a sign of a daemon, the others take it to be stopped.
         durability: Whether a standby server must have each payment before its request is sent.
     """
@@ -203,6 +204,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     database: str = ""
     account: str = "main"
     instance: str = ""
+    inbox: str = ""
     lease_seconds: Annotated[float, Meta(ge=10, le=3600)] = 60.0
     durability: Literal["replicated", "single"] = "replicated"
 

@@ -44,7 +44,7 @@ class Arrivals:
         if not self._parts.config.limits.burst:
             return {}
         intake, spool = self._parts.intake, self._parts.spool
-        found, taken = intake.arrived(), self._parts.jobs.taken()
+        found, taken = intake.arrived(), self._parts.team.taken()
         for path in intake.result.waiting:
             folder, _, name = path.rpartition("/")
             if (folder, stem_of(name)) in taken:

@@ -58,7 +58,7 @@ class Dispatch:
     def __init__(self, parts: Parts, arrivals: Arrivals, recovery: Recovery) -> None:
         self._parts = parts
         self._jobs, self._admission, self._intake = parts.jobs, parts.admission, parts.intake
-        self._arrivals, self._recovery = arrivals, recovery
+        self._arrivals, self._recovery, self._team = arrivals, recovery, parts.team
         self.pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="worker")
 
     def run(self, *, is_draining: bool) -> None:
@@ -75,9 +75,12 @@ class Dispatch:
         for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
             claimed.setdefault(job.folder, []).append(job)
             self._intake.turns.join(job.folder, self._intake.owner(job.folder))
-        while self._may_send() and (name := self._intake.turns.first()) is not None:
-            if not self._serve(name, claimed.get(name, [])):
+        own = {} if self._team.is_on else claimed  # what others may claim has no turns with what this one has claimed
+        may_go = self._may_offer if self._team.is_on else self._may_send
+        while may_go() and (name := self._intake.turns.first()) is not None:
+            if not self._serve(name, own.get(name, [])):
                 break
+        self._take_offered()
         for job in (job for jobs in claimed.values() for job in jobs):
             if self._may_send():  # nothing new may be claimed, for which these need not wait
                 self._carry_on(job, may_send=True)
@@ -129,18 +132,48 @@ class Dispatch:
     def _may_claim(self) -> bool:
         """Return whether another prompt may be claimed."""
         self._arrivals.count_new()
-        if not (self._intake.any() and self._intake.may_claim() and self._may_send() and self._admission.has_room()):
+        may_go = self._may_offer if self._team.is_on else self._may_send
+        if not (self._intake.any() and self._intake.may_claim() and may_go() and self._admission.has_room()):
             return False
         return self._recovery.complete()
 
     def _claim_next(self, name: str) -> None:
         job, at = self._parts.spool.new_job(), self._parts.journal.clock()
-        candidate = self._intake.next(name, self._jobs.taken(), lambda one: self._admits(one, one.claim(job, at)))
+        candidate = self._intake.next(name, self._team.taken(), lambda one: self._admits(one, one.claim(job, at)))
         if candidate is None:
             return
         self._arrivals.claimed(candidate)
+        if self._team.is_on:
+            self._offer(candidate.claim(job, at))
+            return
         start = functools.partial(self._parts.worker.start, candidate.claim(job, at))
         self._submit(Job(job, candidate.key), start)
+
+    # A common inbox
+
+    def _may_offer(self) -> bool:
+        return self._admission.slots() > 0 and self._team.may_offer()
+
+    def _offer(self, claim: Claim) -> None:
+        """Let any daemon of the inbox take a prompt."""
+        try:
+            self._team.offer(claim)
+        except SpoolError as error:
+            self._admission.failed(error)
+            self._intake.scanner.soon((claim.folder, claim.stem))
+
+    def _take_offered(self) -> None:
+        """Take prompts that the leader of the inbox has offered, as many as may be sent."""
+        if not (self._team.is_on and self._may_send() and self._admission.has_room() and self._recovery.complete()):
+            return
+        try:
+            self._team.refresh()
+            taken = self._team.take(self._jobs.free(self._admission.slots()))
+        except SpoolError as error:
+            self._admission.failed(error)
+            return
+        for job, claim in taken:
+            self._submit(job, functools.partial(self._parts.worker.start, claim))
 
     def _admits(self, candidate: Candidate, claim: Claim) -> bool | None:
         """Return whether the caps let a prompt be claimed; None if the journal cannot be used."""

@@ -69,6 +69,8 @@ class Instructions:
     def _reopen(self, job: str) -> None:
         """Read the saved response of a job again, as ``retry`` asked for."""
         parts = self._parts
+        if not parts.worker.holds(job):
+            return  # the daemon of the inbox that has it does that
         is_read = job in parts.jobs  # asked for twice, or before a crash
         if not is_read and parts.journal.reopen(job):
             reopened = Job(job, parts.spool.key(job))

@@ -223,6 +223,10 @@ class Jobs:
         workers = sum(1 for _ in self._in(State.AT_WORK, State.DELIVERING))
         return sum(1 for _ in self._in(State.AT_WORK)) < slots and workers < self._most_workers
 
+    def free(self, slots: int) -> int:
+        """Return how many workers may have a job that sends a request; ``slots`` as of ``may_send``."""
+        return max(slots - sum(1 for _ in self._in(State.AT_WORK)), 0)
+
     def may_deliver(self, *, stores_work: bool) -> bool:
         """Return whether a worker may have a job that needs no request: only local disk or database can forbid that."""
         return stores_work and self.may_send(self._concurrency)

@@ -7,6 +7,7 @@ mailbox; the loop takes them out.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from imagewatch.journal.holds import Hold, Holds
 from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import ConfigError, SpoolError
+from imagewatch.system.errors import ConfigError, SpoolError, UsageError
 from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_INTERNAL, EXIT_SPOOL
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Daemon:
         self._instructions = Instructions(self._parts, self._arrivals, self._results, self._recovery)
         self._report = Report(self._parts)
         self._is_draining = False
+        self._looked_at = -math.inf
 
     # Running
 
@@ -104,6 +106,9 @@ class Daemon:
             ImagewatchError: It cannot start.
         """
         parts = self._parts
+        if self._once and parts.team.is_on:
+            hint = "use imagewatch run; once is for an inbox that one daemon processes"
+            raise UsageError("shared.inbox is set: other daemons process this inbox, too", hint=hint)
         with as_messages(parts.mailbox, self._admission.drain):
             parts.spool.lock()
             try:
@@ -166,7 +171,12 @@ class Daemon:
         if self._is_draining:  # only workers are waited for; those may wait for a folder
             return DISK_SECONDS if self._admission.stores.failed else _LONGEST_WAIT
         now = self._now()
-        times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._admission.patience()]
+        times = [
+            self._scan_due(),
+            self._parts.team.next_due(),
+            self._dispatch.next_due(),
+            now + self._admission.patience(),
+        ]
         times.append(self._admission.announcements.due)
         if (due := self._report.due) is not None:
             times.append(due)
@@ -178,6 +188,7 @@ class Daemon:
                 self._note_events()
             case Asked():
                 self._instructions.follow()
+                self._take_over()
             case Signalled(signal.SIGHUP):
                 self._reconfigure()
             case Signalled():
@@ -192,8 +203,17 @@ class Daemon:
             case Notified():
                 self._parts.status.change()
 
+    def _take_over(self) -> None:
+        """Take the jobs of other daemons of the inbox that do not run any more."""
+        if self._is_draining:
+            return
+        try:
+            self._parts.team.take_over()
+        except SpoolError as error:
+            self._admission.failed(error)
+
     def _note_events(self) -> None:
-        noted = self._intake.note_events(self._jobs.taken())
+        noted = self._intake.note_events(self._parts.team.taken())
         if noted.asks:
             self._instructions.follow()  # not after the next scan, which a huge inbox may put off
         if noted.ready:
@@ -253,10 +273,16 @@ class Daemon:
         if self._is_draining:
             with contextlib.suppress(SpoolError):  # a response may wait for the state folder
                 self._parts.spool.require_folders()
-        elif self._now() >= self._intake.scanner.due:
+        elif self._now() >= self._scan_due():
             self._scan()
         else:
             self._admission.check_key()
+
+    def _scan_due(self) -> float:
+        """Return the monotonic time of the next scan. A daemon that does not scan only looks after its folders then."""
+        if self._parts.team.leads():
+            return self._intake.scanner.due
+        return self._looked_at + self._parts.config.inbox.rescan_seconds
 
     def _scan_all(self) -> None:
         """Scan until there is nothing to be scanned, but not for long."""
@@ -269,11 +295,13 @@ class Daemon:
         try:
             self._parts.spool.require_folders()
             self._results.forget_removed()
-            is_new = self._intake.scan(self._jobs.taken())
+            self._parts.team.refresh()
+            is_new = self._parts.team.leads() and self._intake.scan(self._parts.team.taken())
         except SpoolError as error:
             self._admission.failed(error)
             self._intake.scanner.late(DISK_SECONDS)
             return
+        self._looked_at = self._now()
         self._instructions.follow()
         if is_new:
             self._on_found(self._intake.count() + len(self._jobs.at_work))

@@ -17,6 +17,7 @@ from imagewatch.daemon.jobs import Jobs
 from imagewatch.daemon.mailbox import Asked, DiskFailed, Mailbox, Notified, Saved
 from imagewatch.daemon.status import Status
 from imagewatch.daemon.systemd import Notify
+from imagewatch.daemon.team import Team
 from imagewatch.endpoint.client import Client
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
@@ -94,6 +95,7 @@ class Parts:
         self.status.events = self.journal.events
         tops = self.spool.tops
         self.intake = Intake(config.folders, self.control.folder, self.mailbox.hint, clock, monotonic, tops)
+        self.team = Team(self)
         self.caps = Caps(self.journal, self.spool.inbox, self.intake.opener, monotonic)
 
     def begin(self) -> None:
@@ -107,7 +109,13 @@ class Parts:
 
     def watch_account(self) -> None:
         """Let other daemons of a shared account see this one, and hear of what concerns the account."""
-        opening.watch(self.journal, lambda: self.status.summary, lambda: self.mailbox.put(Asked()))
+        self.team.tick()
+        opening.watch(
+            self.journal,
+            lambda: (self.status.summary, self.config.limits.concurrency),
+            self.team.tick,
+            lambda: self.mailbox.put(Asked()),
+        )
 
     def _changed_hold(self, *, at_once: bool) -> None:
         self.status.change(at_once=at_once)
@@ -158,6 +166,7 @@ class Parts:
         """Stop watching and close what is open."""
         self.intake.stop()
         self.client.close()
+        self.team.end()
         opening.end(self.journal)
         self.journal.close()
 

@@ -56,6 +56,7 @@ class Report:
         """
         intake, status = self._parts.intake, self._parts.status
         is_known = self._is_ready or intake.scanner.is_complete or self._parts.now() >= self._ready_at
+        is_known = is_known or not self._parts.team.leads()
         if is_new and is_known:
             self._ignored.log(intake.result.ignored)
         status.last_scan = self._parts.clock()
@@ -125,7 +126,9 @@ class Report:
         self._write_in_folders()
 
     def _write_in_folders(self) -> None:
-        """Write the status files in the folders, if they differ or are due."""
+        """Write the status files in the folders, if they differ or are due; in a common inbox its leader does."""
+        if not self._parts.team.leads():
+            return
         at_work, stuck = map(_sources, (self._parts.jobs.at_work, self._parts.jobs.stuck))
         before = self._in_folders.problem
         self._in_folders.update(self._parts.status.state, at_work, stuck)

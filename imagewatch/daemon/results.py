@@ -174,6 +174,8 @@ class Results:
 
 def _need(outcome: Outcome) -> Need:
     """Return what a job needs that is deferred."""
+    if outcome.needs_nothing:
+        return Need.NOTHING
     if outcome.awaits_name:
         return Need.NAME
     if outcome.reason is not None and outcome.reason.row.is_short:

@@ -162,6 +162,10 @@ class JobKeys:
         self._keys = frozenset(keys)
         self._anywhere = frozenset(key[1] for key in self._keys if key is not None and key[0] == ANYWHERE)
 
+    def joined(self, keys: Iterable[Key]) -> JobKeys:
+        """Return these stems and others."""
+        return JobKeys([*self._keys, *keys])
+
     def __contains__(self, key: object) -> bool:
         """Return whether a stem is one of them."""
         return key in self._keys or (isinstance(key, tuple) and key[1] in self._anywhere)

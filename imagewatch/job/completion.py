@@ -169,7 +169,13 @@ class Completion:
         )
         name = f"{base}.error.toml"
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
+        self._share(job)
         job.record.decide(Decision(destination="errors", moves=moves, **result), row)
+
+    def _share(self, job: RunningJob) -> None:
+        """Let another daemon of the inbox carry out the decision that is about to be written."""
+        if self._spool.handover.is_on:
+            self._spool.handover.share(job.record)
 
     # With images
 
@@ -236,6 +242,7 @@ class Completion:
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
         if any(picture.source.startswith(DECODED_AFTERWARDS) for _, picture in there):
             job.record.sync_names()
+        self._share(job)
         job.record.decide(Decision(destination="outbox", moves=moves, keep=keep, **result), row)
 
     def _keep_raw(

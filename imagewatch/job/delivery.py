@@ -12,6 +12,7 @@ from imagewatch.protocol.values import Claim, Decision, Destination, Move
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.shared import Together
 from imagewatch.system.text import printable
+from imagewatch.system.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _DURABLE = "state/answer.image."
 """Images that were decoded while their response arrived: they were synced with it."""
+_PIECE = 1024 * 1024
 _LONGEST_ENDING = ".receipt.toml"
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """In bytes; what Linux takes."""
@@ -270,6 +272,9 @@ class Delivery:
         """
         for number, move in enumerate(moves):
             target, dropped = os.path.join(folder, move.name), move.source.startswith("claim/")
+            if not dropped and self._folders.journal.common.is_on and self._is_there(self._source(claim, move), target):
+                self._disk.unlink(self._source(claim, move))  # another daemon has published it
+                continue
             self._disk.carry(
                 self._source(claim, move),
                 target,
@@ -278,6 +283,22 @@ class Delivery:
                 mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
                 is_durable=move.source.startswith(_DURABLE),
             )
+
+    def _is_there(self, source: str, target: str) -> bool:
+        """Return whether a file is published already: the target has the same content."""
+        try:
+            with (
+                open(self._folders.tops.open_file(source, os.O_RDONLY), "rb") as own,
+                open_file(target, self._folders.tops) as other,
+            ):
+                if os.fstat(own.fileno()).st_size != os.fstat(other.fileno()).st_size:
+                    return False
+                while piece := own.read(_PIECE):
+                    if other.read(len(piece)) != piece:
+                        return False
+        except (OSError, RefusedError):
+            return False
+        return True
 
     def _mirror(self, destination: str, claim: Claim) -> None:
         """Make the folder of a destination that mirrors the folder of the inbox, durably."""

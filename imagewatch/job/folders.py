@@ -155,7 +155,7 @@ class JobFolders:
         if self._lock is None:  # nothing is claimed in this process
             return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
-            held = lock(path, self.tops)
+            held = lock(path, self.tops, is_shared=self.journal.common.is_on)
             if self._claims_lock is not None:
                 self._claims_lock.close()
             self._claims_lock = held
@@ -400,7 +400,8 @@ class JobFolders:
 
     def claim_folder(self, job: str) -> str:
         """Return the folder of a job's originals."""
-        return os.path.join(self.claims, job)
+        epoch = self.journal.common.epoch(job)
+        return os.path.join(self.claims, f"{job}.{epoch}" if epoch else job)
 
     def inbox_folder(self, claim: Claim) -> str:
         """Return the folder into which a prompt was dropped."""
@@ -408,7 +409,7 @@ class JobFolders:
 
     def original(self, claim: Claim, name: str) -> str:
         """Return the path of a claimed original."""
-        return os.path.join(self.claims, claim.job, name)
+        return os.path.join(self.claim_folder(claim.job), name)
 
 
 def _above(folder: str) -> Iterator[str]:

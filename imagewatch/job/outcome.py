@@ -35,6 +35,7 @@ class Outcome(msgspec.Struct, frozen=True):
         result_file: Path of the receipt or error file, when over.
         delay: Seconds, for ``End.DEFERRED``.
         reason: Why it waits or was refused, where that may concern other requests, or None.
+        needs_nothing: Whether it continues without a request, for ``End.DEFERRED``.
         awaits_name: Whether it waits for a newer file of the same name to leave the inbox.
     """
 
@@ -50,4 +51,5 @@ class Outcome(msgspec.Struct, frozen=True):
     result_file: str = ""
     delay: float = 0.0
     reason: Reason | None = None
+    needs_nothing: bool = False
     awaits_name: bool = False

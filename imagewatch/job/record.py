@@ -103,6 +103,10 @@ class Record:
         """Have what is about to be claimed written down together with its first attempt."""
         self._row, self._is_read, self._unwritten = JobRow(claim=claim, state="open"), True, claim
 
+    def take(self, claim: Claim) -> None:
+        """Use what the journal has of a job that was taken just now."""
+        self._row, self._is_read = JobRow(claim=claim, state="open"), True
+
     def claim(self) -> Claim | None:
         """Return what was claimed, or None if the job is over or not known."""
         return self.row.claim if self.row else None
@@ -195,13 +199,16 @@ class Record:
         self._journal.keep(self.job)
         self.read_again()
 
-    def remove(self) -> None:
+    def remove(self, *, is_unknown: bool = False) -> None:
         """Note that nothing is left of the job, then remove its responses.
 
         If it is not decided how the job ended, only they show that its requests were free.
+
+        Args:
+            is_unknown: Whether another daemon may still find out how it ended.
         """
         synced = self.row is not None and self.row.decision is None and bool(self.row.attempts)
-        self._journal.finish(self.job, synced=synced)
+        self._journal.finish(self.job, synced=synced, is_unknown=is_unknown)
         self._row, self._is_read = None, True
         for name in self.names():
             self._disk.unlink(self.path(name))

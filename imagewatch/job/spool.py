@@ -15,6 +15,7 @@ from imagewatch.inbox.claimed import JOB
 from imagewatch.job.delivery import Delivery
 from imagewatch.job.earlier import Earlier, unreadable
 from imagewatch.job.folders import JobFolders
+from imagewatch.job.handover import Handover
 from imagewatch.job.originals import Originals
 from imagewatch.job.rules import State
 from imagewatch.protocol.names import SUFFIX
@@ -45,6 +46,7 @@ class Spool(JobFolders):
         super().__init__(config, disk, journal)
         self.originals = Originals(self)
         self.delivery = Delivery(self, self.originals)
+        self.handover = Handover(self)
         self._earlier = Earlier(self)
 
     def take_over(self) -> list[str]:
@@ -56,6 +58,8 @@ class Spool(JobFolders):
         Raises:
             SpoolError: The journal cannot be used, or the disk failed.
         """
+        if self.journal.common.is_on:
+            return self._take_over_common()
         self._earlier.adopt()
         unfinished = self.unfinished()
         self._remove_responses()
@@ -63,6 +67,18 @@ class Spool(JobFolders):
         self._drop_twins(unfinished)
         self._take_again(unfinished)
         return unfinished
+
+    def _take_over_common(self) -> list[str]:
+        """The same for an inbox that other daemons process, too: only what this daemon has, or alone has."""
+        own = list(self.journal.common.own())
+        for job in own:
+            self.handover.fence(job)
+        with disk_errors(self.answers, "list the folder"):
+            answered = {name.partition(".")[0] for name in self.tops.names(self.answers)}
+        self._remove_temporaries(own)
+        self._drop_twins(own)
+        self._take_again(own)
+        return [*own, *sorted(answered.difference(own))]  # of the others, a response may be known only here
 
     def _take_again(self, unfinished: list[str]) -> None:
         """Move originals that a power cut has put back to where they belong, and remove those of jobs that are over."""
@@ -114,6 +130,8 @@ class Spool(JobFolders):
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that are not over, the oldest first, then those of which only files are left."""
+        if self.journal.common.is_on:
+            return self.journal.unfinished()
         known, claimed = self.journal.unfinished(), set(self._earlier.left())
         with disk_errors(self.claims, "list the folder"):
             if self.has_claims():
@@ -157,6 +175,8 @@ class Spool(JobFolders):
         with contextlib.ExitStack() as stack:
 
             def hold() -> None:
+                if self.handover.is_on:  # a folder that another daemon has renamed must not be reached any more
+                    return
                 with contextlib.suppress(OSError):  # each step reports what is in its place
                     stack.enter_context(self.tops.held(self.claim_folder(job)))
 
@@ -208,7 +228,7 @@ class Spool(JobFolders):
             over=row.state == "published" or (decision is not None and self.delivery.is_published(claim, decision)),
         )
 
-    def forget(self, record: Record, *, keep: bool = False) -> None:
+    def forget(self, record: Record, *, keep: bool = False, is_unknown: bool = False) -> None:
         """Remove the claim folder, then end the record, then remove the responses: this order only.
 
         The originals were moved before; what other users put beside them stays.
@@ -216,10 +236,14 @@ class Spool(JobFolders):
         Args:
             record: Of the job.
             keep: Keep the record: its response was paid for, and an image may still be read from it.
+            is_unknown: Whether another daemon may still find out how it ended.
         """
         self.ensure_claims()
+        if self.handover.is_on:
+            self.handover.clear(record.job)
         self.disk.remove_folder(self.claim_folder(record.job))  # not synced: see take_over
         if keep:
             record.keep()
         else:
-            record.remove()
+            record.remove(is_unknown=is_unknown)
+        self.journal.common.forget(record.job)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
+from imagewatch.job.common_steps import CommonSteps
 from imagewatch.job.earlier import unreadable
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.redelivery import finished_twin
@@ -58,6 +59,9 @@ class Steps:
         on_paid: Likewise.
         clock: Likewise.
         jitter: Likewise.
+
+    Attributes:
+        common: What is done besides if other daemons process the same inbox.
     """
 
     def __init__(  # noqa: PLR0913  the parts of a worker
@@ -82,6 +86,7 @@ class Steps:
         self._on_paid = on_paid
         self._clock = clock
         self._jitter = jitter
+        self.common = CommonSteps(spool, journal, sending, config.endpoint.deadline_seconds, clock)
         self._effects: dict[Step, Callable[[RunningJob], Outcome | None]] = {
             Step.RECLAIM: self._reclaim,
             Step.ARCHIVE: self._archive,
@@ -148,7 +153,8 @@ class Steps:
         elif not self._spool.originals.give_back(job.claim):  # only the images: its prompt was taken away
             return self._await_name(job)
         is_kept = outcome.destination == "errors" and outcome.charged == "yes" and job.state.answered > 0
-        self._spool.forget(job.record, keep=is_kept)
+        is_unknown = self.common.is_on and outcome.charged == "unknown"
+        self._spool.forget(job.record, keep=is_kept, is_unknown=is_unknown)
         return outcome
 
     def _deliver(self, job: RunningJob) -> None:
@@ -284,6 +290,8 @@ class Steps:
             return self._not_admitted(job, reason)
         job.is_resumed = False
         on_spent = functools.partial(self._claim_spent, job) if job.is_fresh else lambda: None
+        if self.common.is_on:
+            on_spent = functools.partial(self.common.testify, job, number, nonce)
         return self._after(job, self._sending.send(job.record, job.claim, job.request, sent, row, on_spent))
 
     def _not_admitted(self, job: RunningJob, reason: Reason) -> Outcome:
@@ -299,6 +307,7 @@ class Steps:
         """Continue from what happened to a request, as far as the disk accepts it."""
         job.reason = fate.reason or job.reason
         if fate.is_saved:
+            self.common.share(job.record, fate.attempt)
             job.foresee(recorded=True, sent=fate.attempt, answered=fate.attempt, claimed=True, originals=True)
         elif fate.left is Left.PART:
             _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
@@ -324,6 +333,8 @@ class Steps:
 
     def _unknown(self, job: RunningJob) -> Outcome | None:
         fate = self._sending.known(job.id, job.state.sent)
+        if fate is None and (delay := self.common.wait_for(job.id, job.state.sent)):
+            return Outcome(job.id, End.DEFERRED, job.claim.source, delay=delay, needs_nothing=True)
         if fate and fate.left is not Left.WHOLE:  # the disk did not accept it at first
             return self._after(job, fate)
         attempt = job.record.attempt(job.state.sent)

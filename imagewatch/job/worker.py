@@ -23,7 +23,7 @@ from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
 from imagewatch.protocol.reasons import Reaction, Reason, failure
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import Problem, SpoolError
+from imagewatch.system.errors import LostJobError, Problem, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,14 +98,15 @@ class Worker:
         record = self._spool.record(claim.job)
         self._spool.require_claims()
         # With images it is claimed first: its request is read while it is sent, and no other user may change it then.
-        request = None if claim.images else self._steps.valid_request(claim)
+        is_common = self._steps.common.is_on
+        request = None if claim.images or is_common else self._steps.valid_request(claim)
         job = RunningJob(record, claim, request=request, is_fresh=request is not None, began=self._clock())
         if job.is_fresh:
             record.expect(claim)
             job.foresee()
             return self._carry(job)
         try:
-            record.begin(claim)
+            (record.take if is_common else record.begin)(claim)
         except SpoolError as error:  # its prompt is where it was
             return Outcome(claim.job, End.NOTHING, claim.source, reason=failure(error))
         if not self._spool.originals.claim(claim):
@@ -126,7 +127,12 @@ class Worker:
         Raises:
             SpoolError: The local disk failed; its files stay, and another call continues from them.
         """
+        common = self._steps.common
+        if not common.is_held(job_id):
+            return common.hand_over(job_id)
         record = self._spool.record(job_id)
+        if common.is_on:
+            self._spool.handover.fetch(record)
         claim = record.claim()
         if claim is None and self._journal.is_over(job_id):
             return self._steps.without_record(job_id)
@@ -137,9 +143,18 @@ class Worker:
         if claim is None:
             return self._steps.without_record(job_id)
         self._spool.make_durable(claim)
+        common.restore_witnessed(record, claim)
         earlier = record.attempts()[1]
         job = RunningJob(record, claim, is_resumed=is_resumed, may_send=may_send, earlier=earlier, began=self._clock())
         return self._carry(job)
+
+    def holds(self, job: str) -> bool:
+        """Return whether this daemon has a job; in an inbox of its own it has each.
+
+        Raises:
+            SpoolError: The journal cannot be used.
+        """
+        return self._steps.common.is_held(job)
 
     def _carry(self, job: RunningJob) -> Outcome:
         names = structlog.contextvars.bound_contextvars(job=job.id, source=job.claim.source)
@@ -163,6 +178,8 @@ class Worker:
             try:
                 with _local_disk():
                     outcome = self._steps.take(step, job)
+            except LostJobError:
+                return self._steps.common.lost(job)
             except (SpoolError, FileExistsError):
                 raise
             except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others

@@ -53,13 +53,19 @@ class Database(Protocol):
 
     Attributes:
         path: Its file, or how messages name it.
-        own_jobs: Name of the table or view with the jobs of this daemon's inbox.
+        own_jobs: Name of the table or view with the jobs that this daemon has.
+        inbox_jobs: The same with all jobs of its inbox.
+        is_ours: Condition for a row of ``jobs``: this daemon has the job.
         is_shared: Whether other hosts use it, too.
+        is_common: Whether other daemons process the same inbox.
     """
 
     path: str
     own_jobs: str
+    inbox_jobs: str
+    is_ours: str
     is_shared: bool
+    is_common: bool
 
     def using(self) -> AbstractContextManager[Connection]:
         """Lend a connection to read.

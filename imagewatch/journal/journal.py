@@ -18,6 +18,7 @@ from msgspec.structs import astuple, replace
 from imagewatch.journal.account import Account
 from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.budget import NO_BUDGETS, Budget, folder_of
+from imagewatch.journal.common import Common, lost
 from imagewatch.journal.earlier import adopt, close_lost
 from imagewatch.journal.events import Events
 from imagewatch.journal.ledger import Ledger, storable
@@ -73,6 +74,7 @@ class Journal:
         requests: What commands ask for, and the holds that last.
         events: What is to be notified.
         account: Holds that concern all daemons of a shared account.
+        common: Who has which job, if other daemons process the same inbox.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Journal:
         self.requests = Requests(self._file, clock)
         self.events = Events(self._file, clock)
         self.account = Account(self._file)
+        self.common = Common(self._file)
 
     def configure(self, limits: Limits, budgets: Mapping[str, FolderBudget] = NO_BUDGETS) -> None:
         """Take other caps and another rate, for all and for single first-level folders."""
@@ -167,6 +170,8 @@ class Journal:
                     return refusal
                 cost = budget.reservation(asked, folder) if refusal is None else 0.0  # its job will refuse it
             self._put(connection, claim, reserved=cost)
+            if self.common.is_on:
+                self.common.offer(connection, claim.job)
             return None
 
         return self._file.change(act, synced=False, locked=True)
@@ -175,6 +180,19 @@ class Journal:
         """Note what is about to be claimed; it survives a power cut when this returns."""
         self._file.change(lambda connection: self._put(connection, claim))
         self._unspent[claim.job] = claim
+
+    def offer(self, claim: Claim) -> None:
+        """Note a prompt that any daemon of the inbox may claim. It need not be synced: its file is in the inbox.
+
+        Raises:
+            SpoolError: The journal cannot be used, or a job with this name is not over.
+        """
+
+        def act(connection: Connection) -> None:
+            self._put(connection, claim)
+            self.common.offer(connection, claim.job)
+
+        self._file.change(act, synced=False)
 
     def _put(self, connection: Connection, claim: Claim, *, reserved: float = 0.0) -> None:
         """Note a claim; what is reserved for it already stays."""
@@ -185,7 +203,7 @@ class Journal:
         self, connection: Connection, claim: Claim, *, reserved: float = 0.0, state: str = "open", decision: str = ""
     ) -> None:
         names = os.fsencode(claim.folder), os.fsencode(claim.stem)
-        taken = connection.execute(_TAKEN.format(self._file.own_jobs), names).fetchone()
+        taken = connection.execute(_TAKEN.format(self._file.inbox_jobs), names).fetchone()
         if taken is not None:
             message = f"job {claim.job}: {printable(claim.prompt)} is still being processed, as job {taken['id']}"
             hint = "it is tried again when that job is over"
@@ -271,9 +289,11 @@ class Journal:
 
     def set_state(self, job: str, state: str) -> None:
         """Note where a job is. It need not be synced: the folders show it, too."""
-        self._file.change(
-            lambda connection: connection.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job)), synced=False
-        )
+        self._file.change(lambda connection: connection.execute(self._own(_SET_STATE), (state, job)), synced=False)
+
+    def _own(self, change: str) -> str:
+        """Return a change of a job that is made only while this daemon has it."""
+        return f"{change} AND {self._file.is_ours}"
 
     def set_stuck(self, job: str) -> None:
         """Note that only a person can carry on a job: what it has reserved counts as spent."""
@@ -363,9 +383,9 @@ class Journal:
             return True
         raise _spent(row, f"it has the result {found['outcome']}")
 
-    @staticmethod
-    def _require_free(connection: Connection, row: Row) -> None:
+    def _require_free(self, connection: Connection, row: Row) -> None:
         """Make sure that the job is open, and that the attempt before was free."""
+        self.common.require_held(connection, row.job)
         job = connection.execute("SELECT state FROM jobs WHERE id = ?", (row.job,)).fetchone()
         if job is None or job["state"] != "open":
             raise _spent(row, f"its job is {job['state'] if job else 'not known'}")
@@ -441,7 +461,9 @@ class Journal:
                 self.events.spent(connection, self.budget(connection))
             if repeated:
                 connection.execute(_REDELIVERED, (repeated, self._clock()))
-            if not connection.execute(_DECIDE, (dump(decision).decode(), claim.job)).rowcount:
+            if not connection.execute(self._own(_DECIDE), (dump(decision).decode(), claim.job)).rowcount:
+                if self.common.is_on and connection.execute(_IS_KNOWN, (claim.job,)).fetchone():
+                    raise lost(claim.job)
                 self._insert(connection, claim, state="decided", decision=dump(decision).decode())
 
         self._file.change(act)
@@ -456,26 +478,26 @@ class Journal:
 
     # The end of a job
 
-    def finish(self, job: str, *, synced: bool = False) -> None:
+    def finish(self, job: str, *, synced: bool = False, is_unknown: bool = False) -> None:
         """Note that nothing is left of a job.
 
         Args:
             job: Its id.
             synced: Whether that survives a power cut; else it has to be found out again.
+            is_unknown: Whether another daemon may still find out how it ended: what it needs for that is kept.
         """
 
         def act(connection: Connection) -> None:
-            connection.execute(_FINISH, (self._clock(), job))
-            connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
+            ended = connection.execute(self._own(_END if is_unknown else _FINISH), (self._clock(), job)).rowcount
+            if (ended or not self.common.is_on) and not is_unknown:
+                connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
 
         self._file.change(act, synced=synced)
         self._unspent.pop(job, None)
 
     def keep(self, job: str) -> None:
         """Keep a job that was paid for and gave no image, for ``imagewatch retry``."""
-        self._file.change(
-            lambda connection: connection.execute("UPDATE jobs SET state = 'kept' WHERE id = ?", (job,)), synced=True
-        )
+        self._file.change(lambda connection: connection.execute(self._own(_KEEP), (job,)), synced=True)
 
     def kept(self, job: str) -> JobRow | None:
         """Return a job that was kept, or is being read again; None if there is no such job."""
@@ -500,6 +522,10 @@ _UNSENT = (
     "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
     "WHERE job = ? AND attempt = ? AND outcome = 'sent'"
 )
+_SET_STATE = "UPDATE jobs SET state = ? WHERE id = ?"
+_KEEP = "UPDATE jobs SET state = 'kept' WHERE id = ?"
+_IS_KNOWN = "SELECT 1 FROM jobs WHERE id = ?"
+_END = "UPDATE jobs SET state = 'done', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
 _STUCK = "UPDATE jobs SET is_stuck = 1 WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
 _LOSE = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE job = ? AND outcome = 'sent'"

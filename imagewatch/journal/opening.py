@@ -88,10 +88,11 @@ def place_of(config: Config, environ: Mapping[str, str]) -> Place:
     return Place(
         shared.database,
         shared.account,
-        inbox=instance,
+        inbox=shared.inbox or instance,
         instance=instance,
         parameters=conninfo(shared, environ),
         is_replicated=shared.durability == "replicated",
+        is_common=bool(shared.inbox),
     )
 
 
@@ -174,6 +175,7 @@ def begin(config: Config, journal: Journal, disk: Disk) -> None:
     if not config.shared.database:
         return
     database: PostgresDatabase = journal.file  # type: ignore[assignment]
+    journal.common.lease_seconds = config.shared.lease_seconds
     state = config.folders.state
     member = member_of(state)
     if member is None:
@@ -195,17 +197,24 @@ def begin(config: Config, journal: Journal, disk: Disk) -> None:
         raise
 
 
-def watch(journal: Journal, page: Callable[[], str], on_change: Callable[[], object]) -> None:
+def watch(
+    journal: Journal,
+    page: Callable[[], tuple[str, int]],
+    tick: Callable[[], object],
+    on_change: Callable[[], object],
+) -> None:
     """Let other daemons of the account see that this one runs, if it has a shared database.
 
     Args:
         journal: The journal that ``begin`` has used.
-        page: Returns what others may know of its state, as JSON; called in another thread.
+        page: Returns what others may know of its state, as JSON, and how many requests it sends at the same time;
+            called in another thread.
+        tick: Called regularly in that thread.
         on_change: Called in another thread when something of the account may have changed.
     """
     if journal.file.is_shared:
         database: PostgresDatabase = journal.file  # type: ignore[assignment]
-        database.watch(page, on_change)
+        database.watch(page, tick, on_change)
 
 
 def end(journal: Journal) -> None:

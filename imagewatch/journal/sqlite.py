@@ -89,8 +89,9 @@ class SqliteDatabase:
         synchronous: SQLite's setting for what must be durable.
     """
 
-    own_jobs = "jobs"
-    is_shared = False
+    own_jobs = inbox_jobs = "jobs"
+    is_ours = "1 = 1"
+    is_shared = is_common = False
 
     def __init__(self, path: str, *, guarded: bool = False, synchronous: str = "FULL") -> None:
         self.path = path

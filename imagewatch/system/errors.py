@@ -122,6 +122,10 @@ class UncertainError(DatabaseError):
     """It is not known whether a change was written: the connection failed during its COMMIT."""
 
 
+class LostJobError(SpoolError):
+    """Another daemon of the inbox has the job now; this one must do nothing more with it."""
+
+
 class JobError(ImagewatchError):
     """Something about one request; the daemon and the other jobs continue."""
 

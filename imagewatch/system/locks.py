@@ -22,13 +22,20 @@ _LOCK_TRIES = 4
 _LOCK_SECONDS = 0.1
 
 
-def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Event().wait) -> IO[bytes]:  # noqa: B008
-    """Take an exclusive lock that ends with the process.
+def lock(
+    path: str,
+    tops: Tops,
+    wait: Callable[[float], object] = threading.Event().wait,  # noqa: B008
+    *,
+    is_shared: bool = False,
+) -> IO[bytes]:
+    """Take a lock that ends with the process.
 
     Args:
         path: The lock file; created if it is missing.
         tops: The folders that were opened.
         wait: Waits some seconds: ``locked`` takes the lock for a moment itself.
+        is_shared: Whether others may have it, too, if they take it as a shared one.
 
     Returns:
         The open file; the lock lasts as long as it does.
@@ -46,7 +53,7 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
     for left in reversed(range(_LOCK_TRIES)):
         try:
             with _translated_lock(path):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             break
         except AlreadyRunning:
             if not left:

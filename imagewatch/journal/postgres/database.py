@@ -34,6 +34,8 @@ _CLOSE_SECONDS = 3.0
 """How long the end of a daemon waits for what is being written, seconds: a database that hangs must not delay it."""
 _REST = 2.0
 """After an attempt to reach the database that took some time, none is made for so many times as long."""
+_SEEN_SECONDS = 5.0
+"""How often a daemon shows at least that it runs, seconds."""
 _TRIES = 5
 """How often a transaction is run again that the server has undone because of another one."""
 _READ_TIMEOUT = {"statement_timeout": f"{ANSWER_SECONDS}s"}
@@ -103,11 +105,13 @@ class PostgresDatabase:
         incarnation: Which start of the daemon this is; 0: of a command, which is not compared.
     """
 
-    own_jobs = "own_jobs"
+    own_jobs, inbox_jobs = "own_jobs", "inbox_jobs"
+    is_ours = "holder = current_setting('imagewatch.instance')"
     is_shared = True
 
     def __init__(self, place: Place, *, patience: float = _PATIENCE) -> None:
         self.path = ""
+        self.is_common = place.is_common
         self.place = place
         self.incarnation = 0
         self._patience = patience
@@ -379,14 +383,19 @@ class PostgresDatabase:
         self.incarnation = self.change(act, locked=True)
         self._lease, self._recorded, self._note = alive_seconds, recorded, note
 
-    def watch(self, page: Callable[[], str], on_change: Callable[[], object]) -> None:
+    def watch(
+        self, page: Callable[[], tuple[str, int]], tick: Callable[[], object], on_change: Callable[[], object]
+    ) -> None:
         """Let others see that the daemon runs, and report when something of the account may have changed.
 
         Args:
-            page: Returns what others may know of its state, as JSON.
+            page: Returns what others may know of its state, as JSON, and how many requests it sends at the same time.
+            tick: Called regularly in another thread.
             on_change: Called in another thread.
         """
-        self._presence = Presence(self.place, self.incarnation, self._lease / 4, page, on_change)
+        self._presence = Presence(
+            self.place, self.incarnation, min(self._lease / 4, _SEEN_SECONDS), page, tick, on_change
+        )
 
     def unregister(self) -> None:
         """Note that the daemon ends."""

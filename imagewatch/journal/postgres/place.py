@@ -20,6 +20,7 @@ class Place:
         instance: Name of the daemon.
         parameters: More parameters of the connection, such as the password file.
         is_replicated: Whether the server must have a synchronous standby.
+        is_common: Whether other daemons process the same inbox.
     """
 
     database: str
@@ -28,3 +29,4 @@ class Place:
     instance: str
     parameters: Mapping[str, str] = field(default_factory=dict)
     is_replicated: bool = True
+    is_common: bool = False

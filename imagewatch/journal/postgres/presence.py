@@ -25,7 +25,7 @@ _RETRY_SECONDS = 5.0
 _STEP_SECONDS = 1.0
 """How often the thread looks whether it is to end, seconds."""
 _SEEN = """
-    UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()), status = ?
+    UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()), status = ?, slots = ?
     WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
     AND incarnation = ?"""
 
@@ -37,7 +37,8 @@ class Presence:
         place: Which account and instance.
         incarnation: Which start of the daemon this is.
         interval: How often it is to be seen, seconds.
-        page: Returns what others may know of its state, as JSON.
+        page: Returns what others may know of its state, as JSON, and how many requests it sends at the same time.
+        tick: Called each time.
         on_change: Called when something of the account may have changed.
     """
 
@@ -46,13 +47,15 @@ class Presence:
         place: Place,
         incarnation: int,
         interval: float,
-        page: Callable[[], str],
+        page: Callable[[], tuple[str, int]],
+        tick: Callable[[], object],
         on_change: Callable[[], object],
     ) -> None:
         self._place = place
         self._incarnation = incarnation
         self._interval = interval
         self._page = page
+        self._tick = tick
         self._on_change = on_change
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
@@ -77,7 +80,8 @@ class Presence:
         session.execute(f"LISTEN {CHANNEL}")
         self._on_change()
         while not self._end.is_set():
-            session.execute(_SEEN, (self._page(), self._incarnation))
+            self._tick()
+            session.execute(_SEEN, (*self._page(), self._incarnation))
             self._on_change()
             left = self._interval
             while left > 0 and not self._end.is_set():

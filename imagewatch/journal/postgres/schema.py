@@ -7,7 +7,8 @@ show the rows that concern a daemon:
 ===============================================  =======================================================================
 ``attempts``, ``jobs``, ``sums``,                those of the account: caps, the rate, redeliveries and the history are
 ``folder_sums``, ``prices``, ``redeliveries``    counted over all its daemons
-``own_jobs``, ``requests``                       those of the inbox: its daemon carries them on
+``inbox_jobs``, ``requests``                     those of the inbox
+``own_jobs``                                     those of the inbox that the daemon has: it carries them on
 ``holds``, ``announced``                         those of the account where the kind of hold concerns all its daemons,
                                                  else those of the instance; a cap is announced once for the account
 ``events``, ``meta``                             those of the instance
@@ -56,6 +57,7 @@ CREATE TABLE instances (
     ended_at    DOUBLE PRECISION,       -- when it was stopped; NULL while it runs, and after a kill
     forgotten_at DOUBLE PRECISION,      -- when a person removed it from the account; NULL when it comes back
     recorded    BIGINT NOT NULL DEFAULT 0,  -- how often its attempts were inserted; it never becomes less
+    slots       BIGINT NOT NULL DEFAULT 0,  -- requests at the same time
     status      TEXT NOT NULL DEFAULT '',  -- JSON: what status --all shows of it
     PRIMARY KEY (account, name)
 );
@@ -76,11 +78,22 @@ CREATE TABLE jobs ({_OWNED},
     reserved  DOUBLE PRECISION NOT NULL DEFAULT 0,
     is_stuck  INTEGER NOT NULL DEFAULT 0,
     opened_at DOUBLE PRECISION NOT NULL,
-    ended_at  DOUBLE PRECISION
+    ended_at  DOUBLE PRECISION,
+    holder    TEXT NOT NULL DEFAULT {_INSTANCE},  -- the daemon that has the job; empty: any of the inbox may take it
+    epoch     BIGINT NOT NULL DEFAULT 0,  -- how often it was taken; its claim folder has the number
+    lease_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0  -- then another daemon of the inbox may take it over
 );
 CREATE UNIQUE INDEX jobs_by_name ON jobs (account, inbox, folder, stem)
     WHERE state IN ('open', 'decided', 'published');
 CREATE INDEX jobs_that_are_open ON jobs (account, opened_at) WHERE state <> 'done';
+CREATE INDEX jobs_of_an_inbox ON jobs (account, inbox, holder, opened_at) WHERE state <> 'done';
+CREATE TABLE leaders (
+    account TEXT NOT NULL DEFAULT {_ACCOUNT},
+    inbox   TEXT NOT NULL DEFAULT {_INBOX},
+    holder  TEXT NOT NULL DEFAULT {_INSTANCE},  -- the daemon that scans the inbox
+    lease_ends_at DOUBLE PRECISION NOT NULL,
+    PRIMARY KEY (account, inbox)
+);
 CREATE INDEX jobs_that_are_over ON jobs (account, ended_at) WHERE state = 'done';
 CREATE TABLE attempts ({_OWNED},
     job             TEXT NOT NULL,
@@ -119,6 +132,7 @@ CREATE TABLE attempts ({_OWNED},
     reserved        DOUBLE PRECISION NOT NULL DEFAULT 0,
     request         TEXT NOT NULL DEFAULT '',
     counted_at      DOUBLE PRECISION,
+    answer_on       TEXT NOT NULL DEFAULT '',  -- the instance that alone has the response; empty: none, or the folder
     PRIMARY KEY (job, attempt)
 );
 CREATE INDEX attempts_by_time ON attempts (account, counted_at);
@@ -307,8 +321,9 @@ def install(connection: Connection) -> None:
             connection.execute(one)
     for name, rows in _SCOPES.items():
         connection.execute(f"CREATE VIEW {VIEWS}.{name} AS SELECT * FROM {SCHEMA}.{name} WHERE {rows}")  # noqa: S608
-    own = f"{_OF_ACCOUNT} AND inbox = {_INBOX}"
-    connection.execute(f"CREATE VIEW {VIEWS}.own_jobs AS SELECT * FROM {SCHEMA}.jobs WHERE {own}")  # noqa: S608
+    of_inbox = f"{_OF_ACCOUNT} AND inbox = {_INBOX}"
+    for name, rows in {"inbox_jobs": of_inbox, "own_jobs": f"{of_inbox} AND holder = {_INSTANCE}"}.items():
+        connection.execute(f"CREATE VIEW {VIEWS}.{name} AS SELECT * FROM {SCHEMA}.jobs WHERE {rows}")  # noqa: S608
     connection.execute(f"INSERT INTO {SCHEMA}.about (version) VALUES ({VERSION})")  # noqa: S608
 
 

@@ -1,0 +1,197 @@
+"""What the steps of a job do besides if other daemons process the same inbox, too.
+
+Three things can be in question then: who has the job, what an earlier holder has sent, and where its response is. The
+answers are in the journal (``journal.common``) and in the claim folder (``handover``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch.job.handover import Witness
+from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.sending import Left
+from imagewatch.journal.common import lost
+from imagewatch.journal.row import Row
+from imagewatch.protocol.values import dump
+from imagewatch.system.errors import SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.job.record import Record
+    from imagewatch.job.running import RunningJob
+    from imagewatch.job.sending import Sending
+    from imagewatch.job.spool import Spool
+    from imagewatch.journal.journal import Journal
+    from imagewatch.protocol.values import Claim
+
+_GRACE_SECONDS = 60.0
+"""How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
+_POLL_SECONDS = 2.0
+"""How often a daemon looks whether another one has handed over a response, or has finished a job."""
+_log = structlog.get_logger()
+
+
+class CommonSteps:
+    """Does what a common inbox needs besides. Safe to use from several threads, one job in each.
+
+    Args:
+        spool: The folders.
+        journal: What was recorded.
+        sending: What this process has sent.
+        deadline_seconds: The longest time that a request may take.
+        clock: Wall clock, seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        journal: Journal,
+        sending: Sending,
+        deadline_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._spool = spool
+        self._handover = spool.handover
+        self._journal = journal
+        self._common = journal.common
+        self._sending = sending
+        self._longest = deadline_seconds + _GRACE_SECONDS
+        self._clock = clock
+        self.is_on = self._common.is_on
+
+    # Who has it
+
+    def is_held(self, job: str) -> bool:
+        """Return whether this daemon has a job, or the journal does not know it.
+
+        Raises:
+            SpoolError: The journal cannot be used.
+        """
+        if not self.is_on:
+            return True
+        found = self._common.where(job)
+        return found is None or found[0] == self._common.instance
+
+    def testify(self, job: RunningJob, attempt: int, nonce: str) -> None:
+        """Leave a witness of an attempt whose row is committed, right before its first byte; see ``Handover``."""
+        fate = self._sending.known(job.id, attempt)
+        assert fate is not None
+        self._handover.testify(
+            job.id, Witness(attempt=attempt, nonce=nonce, instance=self._common.instance, sent=fate.sent)
+        )
+
+    def restore_witnessed(self, record: Record, claim: Claim) -> None:
+        """Write the rows of attempts again of which there is a witness, and that the database has lost.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        if not self.is_on or record.row is None:
+            return
+        for witness in self._handover.witnesses(record.job):
+            if witness.attempt <= record.row.highest:
+                continue
+            sent = witness.sent
+            row = Row(
+                job=claim.job,
+                attempt=witness.attempt,
+                source=claim.source,
+                source_size=claim.size,
+                source_mtime_ns=claim.mtime_ns,
+                outcome="sent",
+                charged="unknown",
+                owner=claim.owner,
+                claimed_at=claim.at,
+                sent_at=sent.at or self._clock(),
+                asked=sent.asked,
+                endpoint=sent.endpoint,
+                prompt_sha256=sent.prompt_sha256,
+                provider=str(sent.fields.get("provider", "")),
+                nonce=witness.nonce,
+                request=dump(sent).decode(),
+            )
+            _log.warning("attempt_restored", attempt=witness.attempt, reason="the database has lost its row")
+            self._journal.restore(claim, row)
+            record.read_again()
+
+    # Its response
+
+    def share(self, record: Record, attempt: int) -> None:
+        """Copy a saved response into the claim folder, so that another daemon can publish it.
+
+        Raises:
+            LostJobError: Another daemon has the job.
+        """
+        if not self.is_on:
+            return
+        try:
+            self._handover.share(record)
+        except SpoolError as error:
+            if not self.is_held(record.job):
+                raise lost(record.job) from error
+            _log.warning("response_not_shared", reason=str(error), next=error.hint)
+            with contextlib.suppress(SpoolError):  # else the others wait for the deadline
+                self._common.answer_is_here(record.job, attempt)
+
+    def wait_for(self, job: str, attempt: int) -> float:
+        """Return for how many seconds another daemon may still report the result of an attempt; 0: not any more.
+
+        Raises:
+            SpoolError: The journal cannot be used.
+        """
+        if not self.is_on or (sent := self._common.sent_by(job, attempt)) is None:
+            return 0.0
+        if sent.answer_on and sent.answer_on != self._common.instance and not sent.is_forgotten:
+            return _POLL_SECONDS
+        if sent.instance == self._common.instance or self._clock() >= sent.sent_at + self._longest:
+            return 0.0
+        return _POLL_SECONDS
+
+    # A job that another daemon has
+
+    def lost(self, job: RunningJob) -> Outcome:
+        """End what this process does with a job that another daemon has, and hand over what only it knows.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        _log.warning("job_lost", reason="another daemon has taken it over")
+        fate = self._sending.known(job.id)
+        if fate is not None and fate.left is Left.NOTHING:
+            self._common.unsent(job.id, fate.attempt, fate.row.nonce)
+        elif fate is not None and fate.left is Left.PART and not fate.is_saved:
+            self._sending.prove(job.record, fate)
+        self._sending.forget(job.id)
+        return self.hand_over(job.id)
+
+    def hand_over(self, job: str) -> Outcome:
+        """Let another daemon have the responses of its job, and remove them here when it is over.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        record = self._spool.record(job)
+        found = self._common.where(job)
+        if found is None or not (record.names() or self._common.was_unsent(job)):
+            self._common.forget(job)
+            return Outcome(job, End.NOTHING)
+        holder, epoch, state = found
+        if state == "done" and self._common.reopen(job):
+            _log.info("late_result", job=job)
+            return Outcome(job, End.DEFERRED, needs_nothing=True)
+        if state == "done":
+            for name in record.names():
+                self._spool.disk.unlink(record.path(name))
+            self._common.forget(job)
+            return Outcome(job, End.NOTHING)
+        if record.names() and holder:
+            self._common.set_epoch(job, epoch)
+            with contextlib.suppress(SpoolError):  # it may be taken over once more, or end, in this moment
+                self._handover.share(record)
+                self._common.answer_is_there(job)
+        return Outcome(job, End.DEFERRED, delay=_POLL_SECONDS, needs_nothing=True)

@@ -1,0 +1,210 @@
+"""The claim folder of a job in a common inbox: what one daemon leaves there for another that takes the job over.
+
+::
+
+    inbox/.imagewatch/ID.E/sent.N         witness: attempt N may have been sent
+                           answer.N       its response, copied from the state folder of the daemon that sent it
+                           answer.image.K its images; also image.K, fetched.K and raw, as in the state folder
+
+The name of the folder has the epoch. A daemon that takes a job over renames the folder, so whatever an earlier one
+still does with it fails.
+
+The witness is there before the first byte leaves. It protects against a database that has lost its last commits: a
+daemon that can send has the originals, and the witness is beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from imagewatch.journal.common import lost
+from imagewatch.protocol.values import Sent
+from imagewatch.system.disk_errors import closing, disk_errors
+from imagewatch.system.errors import ChargeUnknown, SpoolError
+
+if TYPE_CHECKING:
+    from imagewatch.job.folders import JobFolders
+    from imagewatch.job.record import Record
+
+_SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
+_ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
+_PIECE = 1024 * 1024
+_MOST_BYTES = 4 * 1024 * 1024
+
+
+class Witness(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an attempt beside its row.
+
+    Attributes:
+        attempt: Its number.
+        nonce: Of its row.
+        instance: The daemon that may have sent it.
+        sent: What was sent.
+    """
+
+    attempt: int
+    nonce: str
+    instance: str
+    sent: Sent
+
+
+class Handover:
+    """Reads and writes what daemons leave for each other.
+
+    Args:
+        folders: All folders.
+    """
+
+    def __init__(self, folders: JobFolders) -> None:
+        self._folders = folders
+        self._disk = folders.disk
+        self._common = folders.journal.common
+        self.is_on = self._common.is_on
+
+    # The folder
+
+    def fence(self, job: str) -> None:
+        """Give the claim folder of a job that was taken over the name of its epoch, and empty older ones into it.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
+        target = self._folders.claim_folder(job)
+        self._folders.ensure_claims()
+        for name in sorted(self._older(job), key=_epoch, reverse=True):
+            path = os.path.join(self._folders.claims, name)
+            if not self._folders.tops.exists(target):
+                self._rename(path, target)
+                continue
+            for inner in self._folders.tops.names(path):
+                self._rename(os.path.join(path, inner), os.path.join(target, inner))
+            self._disk.remove_folder(path)
+        self._disk.sync_folder(self._folders.claims)
+
+    def _older(self, job: str) -> list[str]:
+        own = os.path.basename(self._folders.claim_folder(job))
+        with disk_errors(self._folders.claims, "list the folder"):
+            names = self._folders.tops.names(self._folders.claims, folders=True)
+        return [name for name in names if (name == job or name.startswith(f"{job}.")) and name != own]
+
+    def _rename(self, source: str, target: str) -> None:
+        """Rename; if that fails, look at the target: on a network it may have happened nevertheless."""
+        try:
+            with disk_errors(source, "rename"):
+                self._disk.rename(source, target)
+        except SpoolError:
+            if self._folders.tops.exists(source) or not self._folders.tops.exists(target):
+                raise
+
+    def clear(self, job: str) -> None:
+        """Remove what daemons have left for each other: the job is over."""
+        for name in self._names(job):
+            if _SENT.fullmatch(name) or _ANSWER.fullmatch(name):
+                self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
+
+    def _names(self, job: str) -> list[str]:
+        path = self._folders.claim_folder(job)
+        with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+            return self._folders.tops.names(path, folders=False)
+        return []
+
+    # Witnesses
+
+    def testify(self, job: str, witness: Witness) -> None:
+        """Leave the witness of an attempt whose row is committed, before its first byte leaves.
+
+        Raises:
+            ChargeUnknown: There is one of this number: a request of it may have been sent before.
+            LostJobError: The folder is gone: another daemon has the job.
+            SpoolError: The disk failed.
+        """
+        folder = self._folders.claim_folder(job)
+        path = os.path.join(folder, f"sent.{witness.attempt}")
+        try:
+            with closing(self._disk.create(path), path) as file:
+                with disk_errors(path, "write"):
+                    file.write(msgspec.json.encode(witness))
+                self._disk.sync(file, path)
+            self._disk.sync_folder(folder)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                message = f"a request with the number {witness.attempt} may have been sent before"
+                raise ChargeUnknown(message) from error
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise lost(job) from error
+            raise
+        self._common.require_lease(job)
+
+    def witnesses(self, job: str) -> list[Witness]:
+        """Return the witnesses of a job, in order; those that cannot be read have no content.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
+        found = []
+        for name in self._names(job):
+            if number := _SENT.fullmatch(name):
+                path = os.path.join(self._folders.claim_folder(job), name)
+                with disk_errors(path, "read"), open(self._folders.tops.open_file(path, os.O_RDONLY), "rb") as file:
+                    raw = file.read(_MOST_BYTES)
+                try:
+                    found.append(msgspec.json.decode(raw, type=Witness))
+                except (ValueError, msgspec.DecodeError):  # cut off by the end of its host: it may have been sent
+                    nothing = Sent(prompt="", prompt_sha256="", fields={}, inputs=(), contents={}, endpoint="", at=0.0)
+                    found.append(Witness(attempt=int(number[1]), nonce="", instance="", sent=nothing))
+        return sorted(found, key=lambda witness: witness.attempt)
+
+    # Responses
+
+    def share(self, record: Record) -> None:
+        """Copy the saved responses of a job from the state folder into its claim folder.
+
+        Raises:
+            SpoolError: They cannot be copied; the folder may be gone.
+        """
+        folder = self._folders.claim_folder(record.job)
+        names = [name for name in record.names() if _ANSWER.fullmatch(name)]
+        # The response last: where it is, its images are.
+        for name in sorted(names, key=lambda name: name.startswith("answer.") and name[7:].isdigit()):
+            if not self._has(os.path.join(folder, name), record.path(name)):
+                self._copy(record.path(name), os.path.join(folder, name))
+        self._disk.sync_folder(folder)
+
+    def fetch(self, record: Record) -> bool:
+        """Copy the responses of a job that another daemon has left into the state folder; return whether there is one.
+
+        Raises:
+            SpoolError: They cannot be copied.
+        """
+        folder, known = self._folders.claim_folder(record.job), set(record.names())
+        names = [name for name in self._names(record.job) if _ANSWER.fullmatch(name) and name not in known]
+        for name in sorted(names, key=lambda name: name.startswith("answer.") and name[7:].isdigit()):
+            self._copy(os.path.join(folder, name), record.path(name))
+        if names:
+            self._disk.sync_folder(self._folders.answers)
+        return bool(names)
+
+    def _copy(self, source: str, target: str) -> None:
+        with (
+            disk_errors(source, "read"),
+            open(self._folders.tops.open_file(source, os.O_RDONLY), "rb") as file,
+            self._disk.writing(target) as copy,
+        ):
+            while piece := file.read(_PIECE):
+                copy.write(piece)
+
+    def _has(self, path: str, original: str) -> bool:
+        try:
+            return self._folders.tops.lstat(path).st_size == self._folders.tops.lstat(original).st_size
+        except OSError:
+            return False
+
+
+def _epoch(name: str) -> int:
+    number = name.partition(".")[2]
+    return int(number) if number.isdigit() else 0

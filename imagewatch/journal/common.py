@@ -1,0 +1,377 @@
+"""One inbox that several daemons process together: who scans it, and who has which job.
+
+One daemon of the inbox, the leader, scans it and writes a row for each prompt that may be claimed. Every daemon, the
+leader too, takes rows. A row is held for a time (the lease) that its daemon prolongs. When the lease of a job has
+ended, another daemon takes the job over, with the next epoch: the number in the name of its claim folder, so that an
+earlier holder that wakes up finds no folder.
+
+None of that decides whether a request is sent: ``Journal.spend`` does, and an attempt without a result is never sent by
+another daemon, whatever the clocks say. Leases decide only when another daemon has a look.
+
+Without a common inbox there is nothing here: ``is_on`` is false.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from imagewatch.protocol.values import Claim, load
+from imagewatch.system.errors import LostJobError, Withdrawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from imagewatch.journal.database import Connection, Database
+
+_NOW = "extract(epoch FROM clock_timestamp())::float8"
+_ME = "current_setting('imagewatch.instance')"
+_LEAD = f"""
+    INSERT INTO imagewatch.leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
+    ON CONFLICT (account, inbox) DO UPDATE SET holder = excluded.holder, lease_ends_at = excluded.lease_ends_at
+    WHERE l.holder = excluded.holder OR l.lease_ends_at < {_NOW}"""  # noqa: S608  our own names
+_RESIGN = f"""
+    UPDATE imagewatch.leaders SET lease_ends_at = 0 WHERE account = current_setting('imagewatch.account')
+    AND inbox = current_setting('imagewatch.inbox') AND holder = {_ME}"""  # noqa: S608
+_OFFER = "UPDATE jobs SET holder = '' WHERE id = ? AND epoch = 0"
+_NOTIFY = "SELECT pg_notify('imagewatch', current_setting('imagewatch.account'))"
+_TAKE = f"""
+    UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
+    WHERE id IN (
+        SELECT id FROM inbox_jobs WHERE holder = '' AND state = 'open' ORDER BY opened_at, id LIMIT ?
+        FOR UPDATE SKIP LOCKED
+    ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
+_TAKE_OVER = f"""
+    UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
+    WHERE id IN (
+        SELECT id FROM inbox_jobs WHERE holder NOT IN ('', {_ME}) AND lease_ends_at < {_NOW}
+        AND state NOT IN ('done', 'kept') ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
+    ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
+_RENEW = f"UPDATE own_jobs SET lease_ends_at = {_NOW} + ? WHERE state <> 'done' RETURNING id"  # noqa: S608
+_HELD = f"SELECT holder = {_ME} AND epoch = ? AND lease_ends_at > {_NOW} AS is_held FROM jobs WHERE id = ?"  # noqa: S608
+_WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
+_NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'decided', 'published')"
+_EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state <> 'done'"
+_SLOTS = f"""
+    SELECT coalesce(sum(slots), 0) AS slots FROM imagewatch.instances
+    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
+    AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
+_SENT_BY = """
+    SELECT a.instance, a.answer_on, a.sent_at, i.forgotten_at IS NOT NULL AS is_forgotten FROM attempts AS a
+    LEFT JOIN imagewatch.instances AS i ON i.account = a.account AND i.name = a.answer_on
+    WHERE a.job = ? AND a.attempt = ?"""
+_ANSWER_ON = f"UPDATE attempts SET answer_on = {_ME} WHERE job = ? AND attempt = ?"  # noqa: S608
+_ANSWER_IS_THERE = "UPDATE attempts SET answer_on = '' WHERE job = ? AND answer_on <> ''"
+_REOPEN = f"""
+    UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
+    WHERE id = ? AND state = 'done' AND decision <> ''
+    AND EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'unsent'))
+    RETURNING epoch"""  # noqa: S608
+_UNSENT = """
+    UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
+    WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
+_WAS_UNSENT = """
+    SELECT 1 FROM jobs AS j WHERE j.id = ? AND j.state = 'done' AND j.decision <> ''
+    AND EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id)
+    AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id AND a.outcome <> 'unsent')"""
+_MARGIN = 0.8
+"""Of a lease: after so much of it without a sign of the database a job is not sent any more."""
+
+
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that this daemon has now.
+
+    Attributes:
+        job: Its id.
+        epoch: How often it was taken.
+        claim: What was claimed, or is to be; None: its record is damaged.
+    """
+
+    job: str
+    epoch: int
+    claim: Claim | None
+
+
+class SentBy(msgspec.Struct, frozen=True, kw_only=True):
+    """Who has sent an attempt.
+
+    Attributes:
+        instance: The daemon.
+        answer_on: The daemon that alone has the response; empty: none, or it is in the claim folder.
+        sent_at: When, seconds since the epoch.
+        is_forgotten: Whether ``answer_on`` was removed from the account.
+    """
+
+    instance: str
+    answer_on: str
+    sent_at: float
+    is_forgotten: bool
+
+
+def _boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Common:
+    """Who has which job of a common inbox. Safe to use from several threads.
+
+    Args:
+        file: The database.
+        boottime: Seconds since this host was started, its sleep included.
+
+    Attributes:
+        is_on: Whether other daemons process the same inbox.
+        lease_seconds: How long a job is held after a sign of its daemon.
+        instance: The name of this daemon.
+    """
+
+    def __init__(self, file: Database, boottime: Callable[[], float] = _boottime) -> None:
+        self._file = file
+        self._now = boottime
+        self._epochs: dict[str, int] = {}
+        self._renewed: dict[str, float] = {}
+        self._leads_until = 0.0
+        self.is_on = file.is_common
+        self.lease_seconds = 60.0
+        self.instance = file.place.instance if file.is_common else ""  # type: ignore[attr-defined]
+
+    # The leader
+
+    def lead(self) -> bool:
+        """Become or stay the leader if no other daemon is; return whether this one is.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        began, values = self._now(), (self.lease_seconds,)
+        leads = self._file.change(lambda one: bool(one.execute(_LEAD, values).rowcount), synced=False)
+        self._leads_until = began + _MARGIN * self.lease_seconds if leads else 0.0
+        return leads
+
+    @property
+    def leads(self) -> bool:
+        """Whether this daemon scans the inbox."""
+        return not self.is_on or self._now() < self._leads_until
+
+    def resign(self) -> None:
+        """Let another daemon scan the inbox.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        self._leads_until = 0.0
+        self._file.change(lambda one: one.execute(_RESIGN), synced=False)
+
+    def offer(self, connection: Connection, job: str) -> None:
+        """Let any daemon of the inbox take a job that is noted in this transaction."""
+        connection.execute(_OFFER, (job,))
+        connection.execute(_NOTIFY)
+
+    def names(self) -> tuple[set[tuple[str, str]], int]:
+        """Return folder and stem of each job that is not over, and how many jobs nobody has taken yet.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            rows = connection.execute(_NAMES).fetchall()
+        names = {(os.fsdecode(row["folder"]), os.fsdecode(row["stem"])) for row in rows}
+        return names, sum(not row["holder"] for row in rows)
+
+    def slots(self) -> int:
+        """Return how many requests the daemons of the inbox send at the same time.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            return int(connection.execute(_SLOTS, (self.lease_seconds,)).fetchone()["slots"])
+
+    # Taking
+
+    def take(self, most: int) -> list[Taken]:
+        """Take jobs that are offered, the oldest first. It survives a power cut when this returns.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        return self._taken(_TAKE, most, synced=True)
+
+    def take_over(self, most: int) -> list[Taken]:
+        """Take jobs of daemons that do not show any more that they run.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        return self._taken(_TAKE_OVER, most, synced=True)
+
+    def _taken(self, statement: str, most: int, *, synced: bool) -> list[Taken]:
+        began, values = self._now(), (self.lease_seconds, most)
+        with self._file.using() as connection:  # nearly always there is nothing
+            if not connection.execute(_ANY[statement]).fetchone():
+                return []
+        rows = self._file.change(lambda one: one.execute(statement, values).fetchall(), synced=synced)
+        rows.sort(key=lambda row: (row["opened_at"], row["id"]))
+        for row in rows:
+            self._epochs[row["id"]], self._renewed[row["id"]] = row["epoch"], began
+        return [Taken(job=row["id"], epoch=row["epoch"], claim=_claim(row["claim"])) for row in rows]
+
+    def own(self) -> dict[str, int]:
+        """Return the jobs that an earlier process of this daemon had, with the epoch of each.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        began = self._now()
+        self.renew()
+        with self._file.using() as connection:
+            found = {row["id"]: row["epoch"] for row in connection.execute(_EPOCHS).fetchall()}
+        self._epochs |= found
+        self._renewed |= dict.fromkeys(found, began)
+        return found
+
+    def epoch(self, job: str) -> int:
+        """Return the epoch of a job as this process has it; 0: it does not have it."""
+        return self._epochs.get(job, 0)
+
+    def set_epoch(self, job: str, epoch: int) -> None:
+        """Note the epoch of a job that this process has now."""
+        self._epochs[job], self._renewed[job] = epoch, self._now()
+
+    def forget(self, job: str) -> None:
+        """Forget a job that is over, or that another daemon has."""
+        self._epochs.pop(job, None)
+        self._renewed.pop(job, None)
+
+    # Holding
+
+    def renew(self) -> Collection[str]:
+        """Prolong the lease of every job that this daemon has; return them.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        began, values = self._now(), (self.lease_seconds,)
+        rows = self._file.change(lambda one: one.execute(_RENEW, values).fetchall(), synced=False)
+        held = {row["id"] for row in rows}
+        for job in held & self._renewed.keys():
+            self._renewed[job] = began
+        return held
+
+    def require_held(self, connection: Connection, job: str) -> None:
+        """Make sure, in the transaction that records an attempt, that this daemon has the job.
+
+        Raises:
+            LostJobError: Another one has it, or its lease has ended.
+        """
+        if not self.is_on:
+            return
+        found = connection.execute(_HELD, (self.epoch(job), job)).fetchone()
+        if found is None or not found["is_held"]:
+            raise lost(job)
+
+    def require_lease(self, job: str) -> None:
+        """Make sure, right before the first byte of a request, that no other daemon may have the job yet.
+
+        Raises:
+            Withdrawn: One may.
+        """
+        if self.is_on and self._now() - self._renewed.get(job, 0.0) > _MARGIN * self.lease_seconds:
+            raise Withdrawn("the time for which this daemon has the job ended before the request was sent")
+
+    def where(self, job: str) -> tuple[str, int, str] | None:
+        """Return who has a job, its epoch and its state; None if it is not known.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_WHERE, (job,)).fetchone()
+        return None if row is None else (row["holder"], row["epoch"], row["state"])
+
+    # Responses
+
+    def sent_by(self, job: str, attempt: int) -> SentBy | None:
+        """Return who has sent an attempt.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_SENT_BY, (job, attempt)).fetchone()
+        if row is None:
+            return None
+        return SentBy(
+            instance=row["instance"],
+            answer_on=row["answer_on"],
+            sent_at=row["sent_at"] or 0.0,
+            is_forgotten=row["is_forgotten"],
+        )
+
+    def answer_is_here(self, job: str, attempt: int) -> None:
+        """Note that only this daemon has the response: it could not be copied into the claim folder.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        self._file.change(lambda one: one.execute(_ANSWER_ON, (job, attempt)))
+
+    def answer_is_there(self, job: str) -> None:
+        """Note that the response is in the claim folder after all.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        self._file.change(lambda one: one.execute(_ANSWER_IS_THERE, (job,)), synced=False)
+
+    def unsent(self, job: str, attempt: int, nonce: str) -> None:
+        """Note that the first byte of an attempt did not leave, also if another daemon has declared its charge unknown.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        self._file.change(lambda one: one.execute(_UNSENT, (job, attempt, nonce)))
+
+    def was_unsent(self, job: str) -> bool:
+        """Return whether a job ended as an unknown charge though its attempt was not sent, as was found out later.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            return connection.execute(_WAS_UNSENT, (job,)).fetchone() is not None
+
+    def reopen(self, job: str) -> bool:
+        """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        values = self.lease_seconds, job
+        row = self._file.change(lambda one: one.execute(_REOPEN, values).fetchone())
+        if row is not None:
+            self.set_epoch(job, row["epoch"])
+        return row is not None
+
+
+_ANY = {
+    _TAKE: "SELECT 1 FROM inbox_jobs WHERE holder = '' AND state = 'open' LIMIT 1",
+    _TAKE_OVER: f"""
+        SELECT 1 FROM inbox_jobs WHERE holder NOT IN ('', {_ME}) AND lease_ends_at < {_NOW}
+        AND state NOT IN ('done', 'kept') LIMIT 1""",  # noqa: S608
+}
+
+
+def lost(job: str) -> LostJobError:
+    """Return the error for a job that another daemon has."""
+    return LostJobError(f"job {job}: another daemon of the inbox has it now")
+
+
+def _claim(text: str) -> Claim | None:
+    try:
+        return load(text.encode(), Claim)
+    except ValueError:  # damaged
+        return None
