@@ -144,7 +144,8 @@ class Team:
         return self._parts.now() + interval
 
     def end(self) -> None:
-        """Let another daemon lead."""
+        """Let other daemons lead and carry on the jobs of this one."""
         if self.is_on:
             with contextlib.suppress(SpoolError):
                 self._common.resign()
+                self._common.let_go()

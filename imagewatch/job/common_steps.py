@@ -177,10 +177,13 @@ class CommonSteps:
         """
         record = self._spool.record(job)
         found = self._common.where(job)
+        holder, epoch, state = found or ("", 0, "")
+        if holder == self._common.instance and state != "done":  # its lease had ended, and this daemon has it again
+            self._common.set_epoch(job, epoch)
+            return Outcome(job, End.DEFERRED, needs_nothing=True)
         if found is None or not (record.names() or self._common.was_unsent(job)):
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
-        holder, epoch, state = found
         if state == "done" and self._common.reopen(job):
             _log.info("late_result", job=job)
             return Outcome(job, End.DEFERRED, needs_nothing=True)

@@ -47,11 +47,16 @@ _TAKE = f"""
 _TAKE_OVER = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id IN (
-        SELECT id FROM inbox_jobs WHERE holder NOT IN ('', {_ME}) AND lease_ends_at < {_NOW}
-        AND state NOT IN ('done', 'kept') ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
+        SELECT id FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
+        AND NOT (holder = {_ME} AND id = ANY(?)) ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
     ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
-_RENEW = f"UPDATE own_jobs SET lease_ends_at = {_NOW} + ? WHERE state <> 'done' RETURNING id"  # noqa: S608
-_HELD = f"SELECT holder = {_ME} AND epoch = ? AND lease_ends_at > {_NOW} AS is_held FROM jobs WHERE id = ?"  # noqa: S608
+_ANY = "SELECT 1 FROM inbox_jobs WHERE holder = '' AND state = 'open' LIMIT 1"
+_ANY_OLD = f"""
+    SELECT 1 FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
+    LIMIT 1"""  # noqa: S608
+_RENEW = f"UPDATE own_jobs SET lease_ends_at = {_NOW} + ? WHERE state <> 'done' AND id = ANY(?) RETURNING id"  # noqa: S608
+_LET_GO = "UPDATE own_jobs SET lease_ends_at = 0 WHERE state <> 'done'"
+_HELD = f"SELECT holder = {_ME} AND epoch = ? AS is_held FROM jobs WHERE id = ?"  # noqa: S608
 _WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
 _NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'decided', 'published')"
 _EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state <> 'done'"
@@ -198,22 +203,22 @@ class Common:
         Raises:
             SpoolError: The database cannot be used.
         """
-        return self._taken(_TAKE, most, synced=True)
+        return self._taken(_TAKE, _ANY, (self.lease_seconds, most))
 
     def take_over(self, most: int) -> list[Taken]:
-        """Take jobs of daemons that do not show any more that they run.
+        """Take jobs of daemons that do not show any more that they run, and own ones that this process does not have.
 
         Raises:
             SpoolError: The database cannot be used.
         """
-        return self._taken(_TAKE_OVER, most, synced=True)
+        return self._taken(_TAKE_OVER, _ANY_OLD, (self.lease_seconds, list(self._epochs), most))
 
-    def _taken(self, statement: str, most: int, *, synced: bool) -> list[Taken]:
-        began, values = self._now(), (self.lease_seconds, most)
+    def _taken(self, statement: str, question: str, values: tuple[object, ...]) -> list[Taken]:
+        began = self._now()
         with self._file.using() as connection:  # nearly always there is nothing
-            if not connection.execute(_ANY[statement]).fetchone():
+            if not connection.execute(question).fetchone():
                 return []
-        rows = self._file.change(lambda one: one.execute(statement, values).fetchall(), synced=synced)
+        rows = self._file.change(lambda one: one.execute(statement, values).fetchall())
         rows.sort(key=lambda row: (row["opened_at"], row["id"]))
         for row in rows:
             self._epochs[row["id"]], self._renewed[row["id"]] = row["epoch"], began
@@ -225,13 +230,11 @@ class Common:
         Raises:
             SpoolError: The database cannot be used.
         """
-        began = self._now()
-        self.renew()
         with self._file.using() as connection:
             found = {row["id"]: row["epoch"] for row in connection.execute(_EPOCHS).fetchall()}
         self._epochs |= found
-        self._renewed |= dict.fromkeys(found, began)
-        return found
+        held = self.renew()
+        return {job: epoch for job, epoch in found.items() if job in held}
 
     def epoch(self, job: str) -> int:
         """Return the epoch of a job as this process has it; 0: it does not have it."""
@@ -249,23 +252,33 @@ class Common:
     # Holding
 
     def renew(self) -> Collection[str]:
-        """Prolong the lease of every job that this daemon has; return them.
+        """Prolong the lease of every job that this process has; return them.
 
         Raises:
             SpoolError: The database cannot be used.
         """
-        began, values = self._now(), (self.lease_seconds,)
+        began, values = self._now(), (self.lease_seconds, list(self._epochs))
+        if not values[1]:
+            return ()
         rows = self._file.change(lambda one: one.execute(_RENEW, values).fetchall(), synced=False)
         held = {row["id"] for row in rows}
-        for job in held & self._renewed.keys():
+        for job in held & self._epochs.keys():
             self._renewed[job] = began
         return held
+
+    def let_go(self) -> None:
+        """Let other daemons take over what this one has, as it ends.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        self._file.change(lambda one: one.execute(_LET_GO), synced=False)
 
     def require_held(self, connection: Connection, job: str) -> None:
         """Make sure, in the transaction that records an attempt, that this daemon has the job.
 
         Raises:
-            LostJobError: Another one has it, or its lease has ended.
+            LostJobError: Another one has it.
         """
         if not self.is_on:
             return
@@ -355,14 +368,6 @@ class Common:
         if row is not None:
             self.set_epoch(job, row["epoch"])
         return row is not None
-
-
-_ANY = {
-    _TAKE: "SELECT 1 FROM inbox_jobs WHERE holder = '' AND state = 'open' LIMIT 1",
-    _TAKE_OVER: f"""
-        SELECT 1 FROM inbox_jobs WHERE holder NOT IN ('', {_ME}) AND lease_ends_at < {_NOW}
-        AND state NOT IN ('done', 'kept') LIMIT 1""",  # noqa: S608
-}
 
 
 def lost(job: str) -> LostJobError:
