@@ -380,7 +380,7 @@ class Admission:
 
     def set_caps(self, refused: Mapping[tuple[str, str], Reason]) -> None:
         """Note whose prompts wait at a cap or a budget, by provider and folder, and why."""
-        now = self._clock()
+        now = self._journal.clock()  # that of the caps
         reasons = {whose: replace(reason, seconds=max(reason.ends - now, 0.0)) for whose, reason in refused.items()}
         begun, ended = self._holds.set_caps(reasons, self._now())
         if begun or ended:

@@ -25,7 +25,7 @@ from imagewatch.daemon.jobs import Job, Need
 from imagewatch.daemon.mailbox import Finished
 from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import SpoolError, UncertainError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +147,8 @@ class Dispatch:
         try:
             return self._parts.caps.admits(candidate, claim)
         except SpoolError as error:
+            if isinstance(error, UncertainError):
+                self._parts.is_recovered = False  # its job may be recorded, and would keep its name
             self._admission.failed(error)
             return None
 
@@ -170,5 +172,5 @@ class Dispatch:
         held = caps.held()
         self._admission.set_caps(held)
         if held:
-            seconds = min(refusal.ends for refusal in held.values()) - self._parts.clock()
+            seconds = min(refusal.ends for refusal in held.values()) - self._parts.journal.clock()
             caps.due = min(caps.due, self._parts.now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))

@@ -50,6 +50,12 @@ _UPSERT = (
     + " WHERE attempts.nonce = excluded.nonce"
 )
 
+_TOMBSTONE = (
+    f"{_INSERT_ATTEMPT}"
+    "ON CONFLICT (job, attempt) DO UPDATE SET outcome = 'unsent', charged = 'no', reserved = 0 "
+    "WHERE attempts.nonce = excluded.nonce AND attempts.outcome = 'sent'"
+)
+
 
 class Journal:
     """The journal. Safe to use from several threads.
@@ -409,7 +415,7 @@ class Journal:
             if not connection.execute(_UNSENT, (job, attempt)).rowcount and uncertain is not None:
                 # Its transaction may still be committed: with this row it cannot.
                 row = replace(uncertain, outcome="unsent", charged="no", reserved=0.0, request="")
-                connection.execute(_INSERT_ATTEMPT, storable(astuple(row)))
+                connection.execute(_TOMBSTONE, storable(astuple(row)))
 
         self._file.change(act)
         self._uncertain.pop(job, None)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 _PATIENCE = ANSWER_SECONDS + 5.0
 """How long a thread waits for what it wants to be written, seconds."""
+_CLOSE_SECONDS = 3.0
+"""How long the end of a daemon waits for what is being written, seconds: a database that hangs must not delay it."""
+_REST = 2.0
+"""After an attempt to reach the database that took some time, none is made for so many times as long."""
 _TRIES = 5
 """How often a transaction is run again that the server has undone because of another one."""
 _READ_TIMEOUT = {"statement_timeout": f"{ANSWER_SECONDS}s"}
@@ -41,6 +45,10 @@ _ACCOUNT = (
     "INSERT INTO imagewatch.accounts (name) VALUES (current_setting('imagewatch.account')) ON CONFLICT DO NOTHING"
 )
 
+_SELF = """
+    SELECT extract(epoch FROM clock_timestamp())::float8 AS at, pid, extract(epoch FROM backend_start)::float8 AS began
+    FROM pg_stat_activity WHERE pid = pg_backend_pid()"""
+_IS_THERE = "SELECT 1 FROM pg_stat_activity WHERE pid = ? AND extract(epoch FROM backend_start)::float8 = ?"
 _KNOWN = """
     SELECT host, folder, place, recorded, CASE WHEN ended_at IS NULL
         THEN extract(epoch FROM clock_timestamp())::float8 - seen_at ELSE 1e9 END AS seconds
@@ -106,6 +114,8 @@ class PostgresDatabase:
         self._read_lock = threading.RLock()
         self._reader: Session | None = None
         self._writer: Session | None = None
+        self._writer_id: tuple[int, float] = (0, 0.0)  # process in the server, and its start
+        self._unreachable: tuple[float, psycopg.Error] | None = None  # until when, monotonic time, and why
         self._state = threading.Condition()
         self._waiting: list[_Change] = []
         self._thread: threading.Thread | None = None
@@ -131,26 +141,47 @@ class PostgresDatabase:
             DatabaseError: The database cannot be used; the message says why.
         """
         with self._read_lock:
+            began = time.monotonic()
             try:
                 if self._reader is None:
-                    self._reader = self._connect("reader", _READ_TIMEOUT)
+                    self._reader, _ = self._connect("reader", _READ_TIMEOUT)
                 yield self._reader
             except psycopg.Error as error:
                 self._close_reader()
+                self._note_unreachable(began, error)
                 raise translated(error) from error
 
-    def _connect(self, name: str, settings: dict[str, str]) -> Session:
-        session = Session(self.place, name, settings)
+    def _connect(self, name: str, settings: dict[str, str]) -> tuple[Session, tuple[int, float]]:
+        """Return a connection, and the process in the server that serves it with the time of its start."""
+        if self._unreachable is not None and time.monotonic() < self._unreachable[0]:
+            raise translated(self._unreachable[1])
+        began = time.monotonic()
+        try:
+            session = Session(self.place, name, settings)
+        except psycopg.Error as error:
+            self._note_unreachable(began, error)
+            raise
         try:
             require_usable(session, is_replicated=self.place.is_replicated)
             session.execute(_ACCOUNT)
-            at = session.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS at").fetchone()
-            assert at is not None
-            self._set_clock(at["at"])
+            own = session.execute(_SELF).fetchone()
+            assert own is not None
+            self._set_clock(own["at"])
         except BaseException:
             session.close()
             raise
-        return session
+        return session, (own["pid"], own["began"])
+
+    def _note_unreachable(self, began: float, error: psycopg.Error) -> None:
+        """Note that the database was out of reach; else each thread and each question would wait for it again.
+
+        Args:
+            began: When it was first waited for, monotonic time.
+            error: What came of it.
+        """
+        if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # else the server has answered
+            now = time.monotonic()
+            self._unreachable = now + _REST * (now - began), error
 
     def _close_reader(self) -> None:
         reader, self._reader = self._reader, None
@@ -232,7 +263,7 @@ class PostgresDatabase:
 
     def _try_to_write(self, changes: list[_Change]) -> None:
         if self._writer is None or self._writer.raw.closed:
-            self._writer = self._connect("writer", {})
+            self._writer, self._writer_id = self._connect("writer", {})
         writer = self._writer
         with writer.transaction(commit=lambda: self._commit(writer)):
             if not any(change.synced for change in changes):
@@ -269,9 +300,8 @@ class PostgresDatabase:
     def _set_clock(self, at: float) -> None:
         self._offset = at - time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    @staticmethod
-    def _commit(writer: Session) -> None:
-        """Commit.
+    def _commit(self, writer: Session) -> None:
+        """Commit. It may take as long as the server needs: to wait no longer would not undo it.
 
         Raises:
             UncertainError: It is not known whether it was committed, or whether it is durable.
@@ -279,13 +309,29 @@ class PostgresDatabase:
         """
         writer.warnings.clear()
         try:
-            writer.commit()
+            writer.commit(self._require_committing)
         except (*AGAIN, psycopg.IntegrityError, psycopg.errors.InFailedSqlTransaction):
             raise
         except psycopg.Error as error:
             raise uncertain(text_of(error)) from error
         if writer.warnings:  # a canceled wait for the standby is reported as a success with a warning
             raise uncertain(writer.warnings[-1])
+
+    def _require_committing(self) -> None:
+        """Make sure that there is a server that can answer a COMMIT, if one can be reached.
+
+        Another server may have taken the place of one that hangs, whose side of the network is still open.
+
+        Raises:
+            psycopg.Error: There is none.
+        """
+        try:
+            with contextlib.closing(Session(self.place, "check", _READ_TIMEOUT)) as session:
+                found = session.execute(_IS_THERE, self._writer_id).fetchone()
+        except psycopg.Error:
+            return  # the database is out of reach
+        if found is None:
+            raise psycopg.OperationalError("the server that was to commit has been replaced")
 
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
@@ -380,7 +426,7 @@ class PostgresDatabase:
             thread = self._thread
             self._state.notify_all()
         if thread is not None:
-            thread.join(self._patience)
+            thread.join(_CLOSE_SECONDS)
         with self._read_lock:
             self._close_reader()
 

@@ -217,7 +217,10 @@ _SCOPES: Final = {
     "announced": f"{_OF_ACCOUNT} AND scope IN ('', {_INSTANCE})",
 }
 """Which rows of a table a daemon sees."""
-_DAY = "coalesce(to_char(to_timestamp(r.sent_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD'), '9999-12-31')"
+_DAY = (
+    "CASE WHEN r.sent_at >= -62135596800 AND r.sent_at < 253402300800 "  # of the years 1 to 9999
+    "THEN to_char(to_timestamp(r.sent_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD') ELSE '9999-12-31' END"
+)
 _UNKNOWN = "CASE WHEN r.credits IS NULL THEN sign * greatest(r.asked, 1) ELSE 0 END"
 FUNCTIONS: Final = f"""
 CREATE FUNCTION scope_of_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
