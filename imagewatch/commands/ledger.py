@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.commands.state import unreadable
+from imagewatch.commands.state import unreadable, usable_journal
 from imagewatch.config.locate import is_hidden
 from imagewatch.journal import opening
 from imagewatch.journal.books import NoBooks
@@ -44,6 +44,10 @@ def open_journal(config: Config) -> Iterator[Journal]:
     Raises:
         SpoolError: There is none, or it cannot be read.
     """
+    if config.shared.database:
+        with usable_journal(config) as journal:
+            yield journal
+        return
     path = ledger_path(config)
     if is_hidden(path):
         raise unreadable(config.folders.state)
@@ -69,6 +73,9 @@ def open_budget(config: Config) -> Iterator[Budget]:
     """
     state, path = config.folders.state, ledger_path(config)
     with contextlib.ExitStack() as stack:
+        if config.shared.database:
+            yield stack.enter_context(usable_journal(config)).budget()
+            return
         if os.path.exists(path):
             journal = stack.enter_context(contextlib.closing(opening.open_journal(config, time.time)))
             journal.require()
