@@ -126,7 +126,7 @@ def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
     receiver.write_text(RECEIVER)
     given = json.dumps([sys.executable, str(receiver), str(path)])
     for name in ("one", "two", "three"):
-        account.member(name, notify__command=given, limits__credits_per_day="100")
+        account.member(name, notify__command=given, limits__credits_per_day="100", limits__assumed_credits="30")
     account.start("one", "two", "three", first_seconds=LONG)
     sandbox.balance = 0
     account.prompts(1)
