@@ -144,7 +144,7 @@ def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
     until(lambda: account.completed() == 3, saw=account.log)
     until(lambda: len(names()) >= 3, saw=account.log)
     for name in ("two", "three"):  # each records something while the cap is nearly spent
-        account.folders[name].prompt("invalid", "")
+        account.folders[name].prompt("invalid", "+++\nnonsense = 1\n+++\nA cat")
         until((account.folders[name].errors / "invalid.error.toml").exists, saw=account.log)
     for name in ("one", "two", "three"):  # they deliver what is left
         account.daemons[name].stop()
