@@ -62,10 +62,11 @@ class DisturbedDisk(SteppingDisk):
         self._action, self._number = action, number
         self._lock = threading.Lock()
         self.steps = 0
+        self.is_over = False
 
     def step(self, what: str, path: str) -> None:
-        if threading.current_thread() is threading.main_thread():
-            return  # such as the status
+        if self.is_over or threading.current_thread() is threading.main_thread():
+            return  # in the main thread: such as the status
         with self._lock:
             self.steps += 1
             if self.steps != self._number:
@@ -82,7 +83,7 @@ class DisturbedDisk(SteppingDisk):
 
 def watch(disk: DisturbedDisk) -> None:
     """Let commits, and the first bytes of requests, be steps, too."""
-    commit, first_bytes = PostgresDatabase._commit, Sending._first_bytes
+    commit, first_bytes, unregister = PostgresDatabase._commit, Sending._first_bytes, PostgresDatabase.unregister
 
     def counted(self: PostgresDatabase, *values: Any) -> None:
         disk.step("commit", "")
@@ -96,6 +97,11 @@ def watch(disk: DisturbedDisk) -> None:
             yield
         disk.step("what follows the first byte", "")
 
+    def ended(self: PostgresDatabase) -> None:
+        disk.is_over = True
+        unregister(self)
+
+    PostgresDatabase.unregister = ended  # type: ignore[method-assign]
     PostgresDatabase._commit = counted  # type: ignore[method-assign]
     Sending._first_bytes = watched  # type: ignore[method-assign,assignment]
 
