@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,8 @@ ANSWER_SECONDS = 10
 _SILENT_SECONDS = ANSWER_SECONDS + 2.0
 """How long a statement may take, seconds. Where the server's time limits do not help, as it hangs, this one does."""
 _LOCK_SECONDS = 5
+_MOST = 1e300
+"""What is larger is stored as this: a sum beyond the largest number would be an error."""
 _SETTINGS = {
     "search_path": VIEWS,
     "lock_timeout": f"{_LOCK_SECONDS}s",
@@ -95,8 +98,12 @@ def spelt(question: str) -> tuple[str, tuple[int, ...] | None]:
 
 
 def _storable(value: object) -> object:
-    """Return a value that PostgreSQL accepts: no NUL, and no bytes that were never text."""
-    return whole(value).replace("\0", "\ufffd") if isinstance(value, str) else value
+    """Return a value that PostgreSQL accepts and can sum up: no NUL, no bytes that were never text, no huge number."""
+    if isinstance(value, str):
+        return whole(value).replace("\0", "\ufffd")
+    if isinstance(value, float) and not -_MOST < value < _MOST:
+        return None if math.isnan(value) else math.copysign(_MOST, value)
+    return value
 
 
 class _Connection(psycopg.Connection[Found]):
