@@ -110,10 +110,7 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all attempts, oldest first."""
-        return [
-            dict(row)
-            for row in self.ask(f"{_SELECT} WHERE outcome <> 'unsent' ORDER BY claimed_at, job, attempt")
-        ]
+        return [dict(row) for row in self.ask(f"{_SELECT} WHERE outcome <> 'unsent' ORDER BY claimed_at, job, attempt")]
 
     def jobs(self, since: float = 0.0, newest: int | None = None) -> list[dict[str, Any]]:
         """Return one row for each job: its last attempt, with ``attempts`` made, ``credits`` of all of them.

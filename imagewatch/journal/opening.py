@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch.config.shared import conninfo, instance_of, require_psycopg
+from imagewatch.journal.counted import Counted
 from imagewatch.journal.files import path_in
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
@@ -179,7 +180,15 @@ def begin(config: Config, journal: Journal, disk: Disk) -> None:
         member = Member(account=config.shared.account, instance=database.place.instance, place=secrets.token_hex(16))
         disk.write(os.path.join(state, SHARED), msgspec.json.encode(member))
     try:
-        database.register(socket.gethostname(), config.folders.inbox, member.place, config.shared.lease_seconds)
+        counted = Counted(state)
+        database.register(
+            socket.gethostname(),
+            config.folders.inbox,
+            member.place,
+            config.shared.lease_seconds,
+            recorded=counted.read(),
+            note=counted.write,
+        )
     except DatabaseError as error:
         if error.code == errno.EPROTO:  # the server must not be used as it is
             raise ConfigError([Problem("shared.database", str(error), error.hint)]) from error

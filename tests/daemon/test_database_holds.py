@@ -31,7 +31,7 @@ MANY = 5
 HINT = "start the server of the database"
 CUT_OFF = f"""
 import os
-from imagewatch.journal.sqlite import Database
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.errors import DatabaseError
 
 def cut_off(real):
@@ -42,7 +42,7 @@ def cut_off(real):
     return reach
 
 for name in ("using", "change", "prove"):
-    setattr(Database, name, cut_off(getattr(Database, name)))
+    setattr(SqliteDatabase, name, cut_off(getattr(SqliteDatabase, name)))
 """
 COMMAND = CUT_OFF + "from imagewatch.commands.main import main\nmain()\n"
 

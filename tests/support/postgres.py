@@ -132,6 +132,7 @@ class Server:
         self._ids = _ids()
         self.name, self.port = name, free_port()
         self.folder = _new_folder()
+        self._folder_watch = _watch("none", self.folder)  # also while the server is stopped
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: subprocess.Popen[bytes] | None = None
         self._standbys: list[Server] = []
@@ -216,6 +217,7 @@ class Server:
             self.stop("immediate")
         self._forget()
         self._remove_shared_memory()
+        _end_watch(self._folder_watch)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def uri(self, database: str = "postgres", user: str = OWNER, password: str = "") -> str:

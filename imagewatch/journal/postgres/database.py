@@ -16,7 +16,7 @@ import psycopg
 
 from imagewatch import __version__
 from imagewatch.journal.postgres.checks import require_usable
-from imagewatch.journal.postgres.faults import AGAIN, not_answering, replaced, text_of, translated, uncertain
+from imagewatch.journal.postgres.faults import AGAIN, lacking, not_answering, replaced, text_of, translated, uncertain
 from imagewatch.journal.postgres.presence import Presence
 from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
 from imagewatch.system.errors import AlreadyRunning, DatabaseError, SpoolError
@@ -38,7 +38,7 @@ _TRIES = 5
 """How often a transaction is run again that the server has undone because of another one."""
 _READ_TIMEOUT = {"statement_timeout": f"{ANSWER_SECONDS}s"}
 _LOCK = """
-    SELECT i.incarnation FROM imagewatch.accounts AS a
+    SELECT i.incarnation, i.recorded, extract(epoch FROM clock_timestamp())::float8 AS at FROM imagewatch.accounts AS a
     LEFT JOIN imagewatch.instances AS i ON i.account = a.name AND i.name = current_setting('imagewatch.instance')
     WHERE a.name = current_setting('imagewatch.account') FOR UPDATE OF a"""
 _ACCOUNT = (
@@ -50,7 +50,7 @@ _SELF = """
     FROM pg_stat_activity WHERE pid = pg_backend_pid()"""
 _IS_THERE = "SELECT 1 FROM pg_stat_activity WHERE pid = ? AND extract(epoch FROM backend_start)::float8 = ?"
 _KNOWN = """
-    SELECT host, folder, place, CASE WHEN ended_at IS NULL
+    SELECT host, folder, place, recorded, CASE WHEN ended_at IS NULL
         THEN extract(epoch FROM clock_timestamp())::float8 - seen_at ELSE 1e9 END AS seconds
     FROM imagewatch.instances WHERE name = ? AND account = ?"""
 _REGISTER = """
@@ -61,6 +61,9 @@ _REGISTER = """
         place = excluded.place, version = excluded.version, incarnation = i.incarnation + 1,
         started_at = excluded.started_at, seen_at = excluded.seen_at, ended_at = NULL
     RETURNING incarnation"""
+_RECORDED = """
+    SELECT recorded FROM imagewatch.instances
+    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')"""
 _ENDED = """
     UPDATE imagewatch.instances SET ended_at = extract(epoch FROM clock_timestamp())
     WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
@@ -121,6 +124,8 @@ class PostgresDatabase:
         self._offset: float | None = None
         self._lease = 60.0
         self._presence: Presence | None = None
+        self._recorded = 0
+        self._note: Callable[[int], object] = lambda _: None
 
     def clock(self) -> float:
         """Return the time of the database's clock, seconds since the epoch; this host's before it was asked."""
@@ -161,7 +166,7 @@ class PostgresDatabase:
             session.execute(_ACCOUNT)
             own = session.execute(_SELF).fetchone()
             assert own is not None
-            self._offset = own["at"] - time.clock_gettime(time.CLOCK_BOOTTIME)
+            self._set_clock(own["at"])
         except BaseException:
             session.close()
             raise
@@ -267,12 +272,33 @@ class PostgresDatabase:
                 self._lock(writer)
             for change in changes:
                 _apply(writer, change)
+            recorded = self._count(writer) if any(change.locked and change.synced for change in changes) else 0
+        if recorded > self._recorded:
+            self._recorded = recorded
+            self._note(recorded)
 
     def _lock(self, writer: Session) -> None:
-        """Let no other daemon of the account spend meanwhile, and make sure that this one still has its name."""
+        """Let no other daemon of the account spend meanwhile.
+
+        Raises:
+            DatabaseError: This daemon does not have its name any more, or the database lacks what it has recorded.
+        """
         found = writer.execute(_LOCK).fetchone()
-        if self.incarnation and (found is None or found["incarnation"] != self.incarnation):
+        if not self.incarnation:
+            return
+        if found is None or (found["recorded"] or 0) < self._recorded:
+            raise lacking()
+        if found["incarnation"] != self.incarnation:
             raise replaced()
+        self._set_clock(found["at"])
+
+    def _count(self, writer: Session) -> int:
+        """Return how many attempts of this daemon are recorded, those of the transaction included."""
+        found = writer.execute(_RECORDED).fetchone() if self.incarnation else None
+        return int(found["recorded"]) if found else 0
+
+    def _set_clock(self, at: float) -> None:
+        self._offset = at - time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def _commit(self, writer: Session) -> None:
         """Commit. It may take as long as the server needs: to wait no longer would not undo it.
@@ -314,7 +340,16 @@ class PostgresDatabase:
 
     # The daemon
 
-    def register(self, host: str, folder: str, place: str, alive_seconds: float) -> None:
+    def register(
+        self,
+        host: str,
+        folder: str,
+        place: str,
+        alive_seconds: float,
+        *,
+        recorded: int = 0,
+        note: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Note that a daemon starts; from now on an earlier one with this name sends nothing any more.
 
         Args:
@@ -322,10 +357,12 @@ class PostgresDatabase:
             folder: Its inbox on that host.
             place: Random, of its state folder.
             alive_seconds: How long after it was seen last another daemon counts as running.
+            recorded: How many attempts it has recorded at least.
+            note: Called with that number after each commit that has changed it.
 
         Raises:
             AlreadyRunning: A daemon with another state folder has this name.
-            DatabaseError: The database cannot be used.
+            DatabaseError: The database cannot be used, or lacks what the daemon has recorded.
         """
 
         def act(connection: Connection) -> int:
@@ -333,12 +370,14 @@ class PostgresDatabase:
             known = connection.execute(_KNOWN, values).fetchone()
             if known is not None and known["place"] != place:
                 raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
+            if recorded > (known["recorded"] if known else 0):
+                raise lacking()
             given = self.place.instance, self.place.inbox, host, folder, place, __version__
             return int(connection.execute(_REGISTER, given).fetchone()["incarnation"])
 
         self.incarnation = 0
         self.incarnation = self.change(act, locked=True)
-        self._lease = alive_seconds
+        self._lease, self._recorded, self._note = alive_seconds, recorded, note
 
     def watch(self, page: Callable[[], str], on_change: Callable[[], object]) -> None:
         """Let others see that the daemon runs, and report when something of the account may have changed.

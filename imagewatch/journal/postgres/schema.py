@@ -54,6 +54,7 @@ CREATE TABLE instances (
     started_at  DOUBLE PRECISION NOT NULL,
     seen_at     DOUBLE PRECISION NOT NULL,
     ended_at    DOUBLE PRECISION,       -- when it was stopped; NULL while it runs, and after a kill
+    recorded    BIGINT NOT NULL DEFAULT 0,  -- how often its attempts were inserted; it never becomes less
     status      TEXT NOT NULL DEFAULT '',  -- JSON: what status --all shows of it
     PRIMARY KEY (account, name)
 );
@@ -272,10 +273,15 @@ CREATE FUNCTION notify_account() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 END $$;
 CREATE TRIGGER notified AFTER INSERT OR UPDATE OR DELETE ON holds FOR EACH ROW EXECUTE FUNCTION notify_account();
 CREATE TRIGGER notified AFTER INSERT ON requests FOR EACH ROW EXECUTE FUNCTION notify_account();
+CREATE FUNCTION count_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    UPDATE {SCHEMA}.instances SET recorded = recorded + 1 WHERE account = NEW.account AND name = NEW.instance;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER counted AFTER INSERT ON attempts FOR EACH ROW EXECUTE FUNCTION count_attempts();
 CREATE FUNCTION keep_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     RAISE EXCEPTION 'an attempt is never deleted: it is what keeps a request from being sent again';
 END $$;
-CREATE TRIGGER never_deleted BEFORE DELETE ON attempts FOR EACH STATEMENT EXECUTE FUNCTION keep_attempts();
+CREATE TRIGGER never_deleted BEFORE DELETE OR TRUNCATE ON attempts FOR EACH STATEMENT EXECUTE FUNCTION keep_attempts();
 """  # noqa: S608  our own names
 
 
