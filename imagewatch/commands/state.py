@@ -16,7 +16,7 @@ from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
 from imagewatch.journal.control import Control
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.opening import open_journal
+from imagewatch.journal.opening import open_journal, require_own_store
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.locks import locked
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from imagewatch.config.schema import Config
+    from imagewatch.journal.journal import Journal
 
 _PATIENCE = 6.0
 """How long a daemon may take to apply a request, seconds; without change events it checks every five."""
@@ -80,10 +81,22 @@ def control_of(config: Config) -> Iterator[Control]:
     Raises:
         SpoolError: The journal cannot be used.
     """
-    if error := ledger_problem(config.folders.state):
-        raise error
-    with contextlib.closing(open_journal(config, time.time)) as journal:
+    with usable_journal(config) as journal:
         yield Control(config.folders.state, Disk(), journal.requests)
+
+
+@contextlib.contextmanager
+def usable_journal(config: Config) -> Iterator[Journal]:
+    """Open the journal for the block.
+
+    Raises:
+        SpoolError: The journal cannot be used.
+    """
+    if not config.shared.database and (error := ledger_problem(config.folders.state)):
+        raise error
+    require_own_store(config)
+    with contextlib.closing(open_journal(config, time.time)) as journal:
+        yield journal
 
 
 def is_running(config: Config) -> bool:
@@ -123,8 +136,10 @@ def status_page(config: Config) -> dict[str, Any]:
 
 def _lasting(config: Config, page: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the holds of the next start; those that a daemon wrote last if the journal cannot be read."""
-    with contextlib.suppress(SpoolError), control_of(config) as control:
-        return status.lasting(page, control)
+    with contextlib.suppress(SpoolError), usable_journal(config) as journal:
+        control = Control(config.folders.state, Disk(), journal.requests)
+        own = [one for one in status.lasting(page, control) if not journal.account.concerns(one["kind"])]
+        return [*own, *status.shared_holds(journal.account.holds(), time.time())]
     found: list[dict[str, Any]] = page["holds"]
     return found
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from imagewatch.daemon.account import SharedHolds
 from imagewatch.daemon.announcements import Announcements
 from imagewatch.daemon.burst import BurstGuard
 from imagewatch.daemon.stores import Stores
@@ -61,6 +62,10 @@ class Admission:
         on_change: Called when a hold begins, changes or ends.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
+        is_at_work: Returns whether a worker has a job now.
+
+    Attributes:
+        shared: The holds of a shared account.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Admission:
         on_change: OnChange,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
+        is_at_work: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._on_change = on_change
         self._spool = spool
@@ -80,6 +86,7 @@ class Admission:
         self._holds = holds
         self._clock = clock
         self._now = monotonic
+        self.shared = SharedHolds(journal.account, holds, is_at_work, monotonic)
         self._key_stamp: Callable[[], object] = lambda: None
         self._key_step: Callable[[], str] = str
         self._stamp: object = None
@@ -113,6 +120,7 @@ class Admission:
         self._stamp = key_stamp()
         self.announcements.configure()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
+        self._probe_account()
 
     # What may be done
 
@@ -242,6 +250,7 @@ class Admission:
             newest: Newest ctime of a prompt in the inbox, seconds since the epoch.
         """
         try:
+            self._read_account()
             self._read_control(newest)
         except SpoolError as error:  # the request of the command stays, and is read again
             self.failed(error)
@@ -253,6 +262,7 @@ class Admission:
             self._since = self._now()
             passed = max(self._clock(), newest)
             self.burst.let_pass(passed)
+            self.shared.probe_now()  # what concerns other daemons, too, is not ended by this one
             self.stores.held_by.clear()  # a job that still fails puts the queue on hold again
             self._control.released(passed)
             self._end(self._holds.clear())
@@ -262,6 +272,22 @@ class Admission:
             self._end(self._holds.clear("manual"))
         elif reason != before or not self._holds.has("manual"):
             self._begin(Reason("manual", reason or "put on hold manually"))
+
+    def _read_account(self) -> None:
+        """Begin and end the holds of a shared account here, too."""
+        begun, ended = self.shared.read()
+        if begun:
+            self._on_change(at_once=True)
+            self.wait_for_first_bytes()
+            self._remember()
+        for hold in begun:
+            self._log_begin(hold)
+        self._end(ended)
+
+    def _probe_account(self) -> None:
+        """Let the next probe of the account's holds be sent immediately, if the database can be used."""
+        with contextlib.suppress(SpoolError):
+            self.shared.probe_now()
 
     def check_key(self) -> None:
         """Check whether the key file was changed, if that is due."""
@@ -273,6 +299,7 @@ class Admission:
             _log.info("key_changed")
             for kind in _ACCOUNT:
                 self._end(self._holds.clear(kind))
+            self._probe_account()
 
     def watches_key(self) -> bool:
         """Return whether there is a hold that a changed key would end."""
@@ -315,10 +342,18 @@ class Admission:
         others = reason.row.others
         if reason.error is not None:
             self.failed(reason.error)
+        elif self.shared.concerns(reason.kind):
+            self._follow_account()
         elif others in {Others.CONTINUE, Others.FITTING} or reason.folder:
             pass
         elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
             self._begin(reason)
+
+    def _follow_account(self) -> None:
+        try:
+            self._read_account()
+        except SpoolError as error:
+            self.failed(error)
 
     def upload_broke(self, job: str, reason: Reason, began: float) -> None:
         """Note that the upload of a job was cut off: of one job for its own reasons, of several by the network.
@@ -381,10 +416,13 @@ class Admission:
             return
         self.wait_for_first_bytes()
         self._remember()
-        fields: dict[str, object] = {"kind": kind, "reason": hold.reason.message, "next": hold.reason.next}
+        self._log_begin(hold)
+
+    def _log_begin(self, hold: Hold) -> None:
+        fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
-            fields |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
-        (_log.error if kind in STORES else _log.warning)("held", **fields)
+            fields |= {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
+        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
 
     def _with_step(self, reason: Reason) -> Reason:
         """Return a reason with its next step, which for the key depends on where the key comes from."""
@@ -409,7 +447,7 @@ class Admission:
             self.announcements.unwritable()
             return
         events = self.announcements.to_write()
-        refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
+        refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT and hold.kind not in self._holds.shared]
         try:
             self._control.refuse({hold.kind: hold.reason.message for hold in refusals}, events)
             self.announcements.written(events)

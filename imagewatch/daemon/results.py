@@ -54,12 +54,14 @@ class Results:
         try:
             outcome = message.future.result()
         except SpoolError as error:
+            self._parts.admission.shared.over(job.id, is_answered=False)
             self._unreserve(job)
             self._failed(job, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("internal_error", **job.names, next="report this as a bug")
             job.problem = "internal error; the log has the details"
+            self._parts.admission.shared.over(job.id, is_answered=False)
             self._unreserve(job)
             self._leave(job)
             return
@@ -140,6 +142,7 @@ class Results:
     def _hold_or_release(self, outcome: Outcome, began: float) -> None:
         """Hold or release the queue as the outcome demands."""
         admission = self._parts.admission
+        admission.shared.over(outcome.job, is_answered=outcome.answered and outcome.reason is None)
         if outcome.reason is not None and outcome.reason.kind == "broken":
             admission.upload_broke(outcome.job, outcome.reason, began)
         elif outcome.reason is not None:

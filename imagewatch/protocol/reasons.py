@@ -67,6 +67,7 @@ class Kind:
         seconds: How long the hold lasts if the reason sets no time; None: see ``journal.holds``.
         is_own: Whether it is our own limit; it is not checked again after the request was admitted.
         is_short: Whether it is our own limit for a short time: a job that waits for it stays claimed.
+        is_shared: Whether it concerns all daemons of a shared account. A key and a URL are those of one host.
     """
 
     name: str
@@ -80,11 +81,7 @@ class Kind:
     seconds: float | None = None
     is_own: bool = False
     is_short: bool = False
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether it concerns all daemons of a shared account."""
-        return self.is_account or self.name == "manual_account"
+    is_shared: bool = False
 
     @property
     def is_account(self) -> bool:
@@ -141,6 +138,7 @@ RESPONSES = (
         statuses={402: ""},
         next="add credits to the account; the daemon resumes automatically; to try now: imagewatch release",
         retry="add credits to the account, then move the prompt back into the inbox",
+        is_shared=True,
     ),
     Kind(
         "quota",
@@ -151,6 +149,7 @@ RESPONSES = (
         statuses={429: QUOTA},
         next="wait until the quota is renewed; the daemon resumes automatically",
         retry="wait until the quota is renewed, then move the prompt back into the inbox",
+        is_shared=True,
     ),
     Kind(
         "endpoint",
@@ -288,6 +287,7 @@ LIMITS = (
         Others.PERSON,
         next="to resume all daemons of the account: imagewatch release --account",
         seconds=math.inf,
+        is_shared=True,
     ),
     Kind(
         "repeated",

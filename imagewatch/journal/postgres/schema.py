@@ -137,9 +137,10 @@ CREATE TABLE holds ({_OWNED},
     kind    TEXT NOT NULL,
     message TEXT NOT NULL,
     since   DOUBLE PRECISION NOT NULL,
-    prober  TEXT NOT NULL DEFAULT '',   -- the instance that may send a request as a probe
-    probe_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0,
+    seconds DOUBLE PRECISION NOT NULL DEFAULT 0,  -- from the last refusal to the next probe
     next_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- of the next probe
+    prober  TEXT NOT NULL DEFAULT '',   -- the job that is sent as a probe; these four only of the account's holds
+    probe_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- then another may be sent, whatever became of it
     PRIMARY KEY (account, scope, kind)
 );
 CREATE TABLE requests ({_OWNED},
