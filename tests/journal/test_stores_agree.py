@@ -165,7 +165,7 @@ def step(journal: Journal, clock: Clock, what: str, job: str, folder: str) -> ob
         "finish": lambda: journal.finish(job),
         "stick": lambda: journal.set_stuck(job),
         "hold": lambda: journal.requests.hold(folder),
-        "refuse": lambda: journal.requests.refuse({"credits": folder, "endpoint": job}),
+        "refuse": lambda: journal.requests.refuse({"unreachable": folder, "endpoint": job}),
         "release": journal.requests.release,
         "released": lambda: journal.requests.released(clock()),
         "retry": lambda: journal.requests.retry(job),
