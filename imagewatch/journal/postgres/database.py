@@ -69,6 +69,8 @@ _ENDED = """
     WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
     AND incarnation = ?"""
 
+_SAVE, _RELEASE, _UNDO = "SAVEPOINT change", "RELEASE change", "ROLLBACK TO change"
+"""A change that fails is undone alone; the savepoint is still there afterwards."""
 T = TypeVar("T")
 
 
@@ -265,25 +267,29 @@ class PostgresDatabase:
         if self._writer is None or self._writer.raw.closed:
             self._writer, self._writer_id = self._connect("writer", {})
         writer = self._writer
-        with writer.transaction(commit=lambda: self._commit(writer)):
-            if not any(change.synced for change in changes):
-                writer.execute("SET LOCAL synchronous_commit = off")
+        first = [] if any(change.synced for change in changes) else ["SET LOCAL synchronous_commit = off"]
+        first += [_LOCK] if any(change.locked for change in changes) else []
+        with writer.transaction(*first, _SAVE, commit=lambda: self._commit(writer)) as found:
             if any(change.locked for change in changes):
-                self._lock(writer)
-            for change in changes:
+                self._require_own(found[0] if found else None)
+            for number, change in enumerate(changes):
+                if number and changes[number - 1].error is None:
+                    writer.run(_RELEASE, _SAVE)
                 _apply(writer, change)
             recorded = self._count(writer) if any(change.locked and change.synced for change in changes) else 0
         if recorded > self._recorded:
             self._recorded = recorded
             self._note(recorded)
 
-    def _lock(self, writer: Session) -> None:
-        """Let no other daemon of the account spend meanwhile.
+    def _require_own(self, found: Row | None) -> None:
+        """Make sure that this daemon may write, after the account was locked.
+
+        Args:
+            found: What the database has of the daemon.
 
         Raises:
             DatabaseError: This daemon does not have its name any more, or the database lacks what it has recorded.
         """
-        found = writer.execute(_LOCK).fetchone()
         if not self.incarnation:
             return
         if found is None or (found["recorded"] or 0) < self._recorded:
@@ -433,7 +439,6 @@ class PostgresDatabase:
 
 def _apply(writer: Session, change: _Change) -> None:
     """Let a change write. Its own error undoes it alone; what is wrong with the database concerns all of them."""
-    writer.execute("SAVEPOINT change")
     try:
         change.value, change.error = change.act(writer), None
     except (*AGAIN, psycopg.OperationalError):
@@ -442,7 +447,8 @@ def _apply(writer: Session, change: _Change) -> None:
         change.error = SpoolError(text_of(error), hint="please report it")
     except Exception as error:  # noqa: BLE001  it is that of the thread that wrote this
         change.error = translated(error) if isinstance(error, psycopg.Error) else error
-    writer.execute("RELEASE change" if change.error is None else "ROLLBACK TO change")
+    if change.error is not None:
+        writer.run(_UNDO)
 
 
 def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:

@@ -168,8 +168,8 @@ class Session:
         try:
             own = {"account": place.account, "inbox": place.inbox, "instance": place.instance}
             values = {**_SETTINGS, **settings, **{f"imagewatch.{key}": value for key, value in own.items()}}
-            for key, value in values.items():
-                self.execute("SELECT set_config(?, ?, false)", (key, value))
+            given = ", ".join(["set_config(?, ?, false)"] * len(values))
+            self.execute(f"SELECT {given}", [one for pair in values.items() for one in pair])
         except BaseException:
             self._connection.close()
             raise
@@ -187,16 +187,25 @@ class Session:
         statement: QueryNoTemplate = text.encode()
         return self._connection.execute(statement, given or None)
 
+    def run(self, *statements: str) -> list[Found]:
+        """Run statements without values, with one wait for the server; return the rows of all."""
+        cursor = self._connection.execute("; ".join(statements).encode(), prepare=False)
+        found = []
+        while True:
+            found += cursor.fetchall() if cursor.description else []
+            if not cursor.nextset():
+                return found
+
     @contextlib.contextmanager
-    def transaction(self, *, commit: Callable[[], object] | None = None) -> Iterator[None]:
+    def transaction(self, *first: str, commit: Callable[[], object] | None = None) -> Iterator[list[Found]]:
         """Run the block in a transaction.
 
         Args:
+            first: Statements at its beginning; their rows are given to the block.
             commit: Called in the place of COMMIT.
         """
-        self.execute("BEGIN")
         try:
-            yield
+            yield self.run("BEGIN", *first)
         except BaseException:
             if not self._connection.closed:
                 with contextlib.suppress(psycopg.Error):
