@@ -9,10 +9,10 @@ import click
 
 from imagewatch.commands.common import config_option, json_option
 from imagewatch.commands.state import control_of, hold_kinds, is_applied, is_running, load_as_owner
+from imagewatch.journal import opening
 from imagewatch.journal.control import accept_ledger, accepts_ledger
-from imagewatch.journal.health import ledger_problem
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import UsageError
+from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
@@ -94,10 +94,25 @@ def _accepted(config: Config, *, running: bool) -> bool:
 
 
 def _accept_ledger(config: Config) -> None:
-    error = ledger_problem(config.folders.state)
+    error = opening.problem(config)
+    if config.shared.database:
+        _require_replaceable(error)
+        click.echo("When the daemon starts, what was in flight counts as charged, amount unknown.", err=True)
+        accept_ledger(config.folders.state, Disk())
+        return
     if error is None:
         raise UsageError("the ledger has no problem; nothing was changed")
     if error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:
         raise UsageError(f"{printable(str(error))}; an empty ledger would not help", hint=error.hint)
     click.echo("Caps, history and the check for redelivered prompts now use only the new ledger.", err=True)
     accept_ledger(config.folders.state, Disk())
+
+
+def _require_replaceable(error: SpoolError | None) -> None:
+    """Make sure that this state folder can take the place of a lost one in the shared database."""
+    if error is None:
+        raise UsageError(
+            "no other state folder has the name of this daemon in the shared database; nothing was changed"
+        )
+    if error.code != errno.ESTALE:
+        raise error

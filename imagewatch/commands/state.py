@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
+from imagewatch.journal import opening
 from imagewatch.journal.control import Control
-from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.opening import open_journal
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.locks import locked
@@ -80,9 +79,9 @@ def control_of(config: Config) -> Iterator[Control]:
     Raises:
         SpoolError: The journal cannot be used.
     """
-    if error := ledger_problem(config.folders.state):
+    if error := opening.problem(config):
         raise error
-    with contextlib.closing(open_journal(config, time.time)) as journal:
+    with contextlib.closing(opening.open_journal(config, time.time)) as journal:
         yield Control(config.folders.state, Disk(), journal.requests)
 
 

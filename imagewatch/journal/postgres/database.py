@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import psycopg
 
 from imagewatch import __version__
-from imagewatch.journal.postgres.checks import require_usable
+from imagewatch.journal.postgres.checks import pooler, require_usable, unusable
 from imagewatch.journal.postgres.faults import AGAIN, not_answering, replaced, text_of, translated, uncertain
 from imagewatch.journal.postgres.presence import Presence
 from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
-from imagewatch.system.errors import AlreadyRunning, DatabaseError, SpoolError
+from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -268,7 +268,38 @@ class PostgresDatabase:
 
     # The daemon
 
-    def register(self, host: str, folder: str, place: str, alive_seconds: float) -> None:
+    def require_direct(self) -> None:
+        """Make sure that no pooler gives each transaction another connection.
+
+        Raises:
+            DatabaseError: There is one, or the database cannot be used.
+        """
+        with self.using(), contextlib.ExitStack() as stack:
+            sessions = [stack.enter_context(contextlib.closing(Session(self.place, "check"))) for _ in range(2)]
+            for why, hint in pooler(*sessions):
+                raise unusable(why, hint)
+
+    def require_own(self, place: str, alive_seconds: float) -> None:
+        """Make sure that no daemon with another state folder has the name of this one.
+
+        Args:
+            place: Random, of the state folder of this one.
+            alive_seconds: As of ``register``.
+
+        Raises:
+            SpoolError: One has.
+        """
+        with self.using() as connection:
+            self._require_own(connection, place, alive_seconds)
+
+    def _require_own(self, connection: Connection, place: str, alive_seconds: float, *, replaces: bool = False) -> None:
+        known = connection.execute(_KNOWN, (self.place.instance, self.place.account)).fetchone()
+        if known is not None and known["place"] != place:
+            is_running = known["seconds"] < alive_seconds
+            if is_running or not replaces:
+                raise _taken(known, self.place.instance, is_running=is_running)
+
+    def register(self, host: str, folder: str, place: str, alive_seconds: float, *, replaces: bool = False) -> None:
         """Note that a daemon starts; from now on an earlier one with this name sends nothing any more.
 
         Args:
@@ -276,6 +307,7 @@ class PostgresDatabase:
             folder: Its inbox on that host.
             place: Random, of its state folder.
             alive_seconds: How long after it was seen last another daemon counts as running.
+            replaces: Whether its state folder takes the place of a lost one.
 
         Raises:
             AlreadyRunning: A daemon with another state folder has this name.
@@ -283,10 +315,7 @@ class PostgresDatabase:
         """
 
         def act(connection: Connection) -> int:
-            values = self.place.instance, self.place.account
-            known = connection.execute(_KNOWN, values).fetchone()
-            if known is not None and known["place"] != place:
-                raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
+            self._require_own(connection, place, alive_seconds, replaces=replaces)
             given = self.place.instance, self.place.inbox, host, folder, place, __version__
             return int(connection.execute(_REGISTER, given).fetchone()["incarnation"])
 
@@ -324,13 +353,12 @@ class PostgresDatabase:
             connection.execute("INSERT INTO meta (name, value) VALUES ('proved', '')")
 
     def accept(self) -> None:
-        """Refuse: there is nothing in the place of a shared database.
+        """Use what is there: an empty one cannot take the place of a shared database.
 
         Raises:
-            DatabaseError: Always.
+            DatabaseError: It cannot be used.
         """
-        hint = "restore the database from its backup; imagewatch db check"
-        raise DatabaseError("a shared database cannot be replaced by an empty one", code=errno.EINVAL, hint=hint)
+        self.prove()
 
     def close(self) -> None:
         """Close the connections; what waits to be written is written first."""
@@ -370,4 +398,5 @@ def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:
         "set another shared.instance; or, if this is that daemon and its state folder is lost, accept that what it had "
         "in flight may have been charged: imagewatch release --accept-new-ledger"
     )
-    return SpoolError(f"the instance name {printable(name)} belongs to {whose}, with another state folder", hint=hint)
+    message = f"the instance name {printable(name)} belongs to {whose}, with another state folder"
+    return SpoolError(message, code=errno.ESTALE, hint=hint)
