@@ -41,13 +41,14 @@ from imagewatch.journal.opening import (
 from imagewatch.journal.schema import VERSION, prepare
 from imagewatch.journal.sqlite import keep_private
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import SpoolError, UncertainError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from imagewatch.config.schema import Config
     from imagewatch.journal.postgres.copying import Copied
+    from imagewatch.journal.postgres.place import Place
     from imagewatch.journal.postgres.session import Session
     from imagewatch.system.disk import Disk
 
@@ -79,17 +80,12 @@ def to_postgresql(config: Config, disk: Disk, environ: Mapping[str, str]) -> tup
     if member is None:
         _require_ledger(state)
     with unusable_as_config(), copying.connected(place) as session:
-        if member is None:
-            member = new_member(place, moving=POSTGRESQL)
+        is_new, member = member is None, member or new_member(place, moving=POSTGRESQL)
+        if is_new:
             write_member(state, member, disk)
         copied, kept = None, ""
         if not _is_there(session, member):
-            _require_ledger(state)
-            with _opened(path) as file:
-                with copying.locked(session):
-                    host, folder = socket.gethostname(), config.folders.inbox
-                    copied = copying.to_postgresql(session, file, place, member.place, host, folder)
-                kept = _put_aside(path, disk)
+            copied, kept = _upload(session, config, member, place, disk, is_new=is_new)
         elif os.path.lexists(path):
             with _opened(path):
                 kept = _put_aside(path, disk)
@@ -152,6 +148,29 @@ def _require_ledger(state: str) -> None:
     if not os.path.lexists(path):
         hint = "start the daemon with [shared]; there is nothing to move"
         raise SpoolError(f"there is no ledger: {path}", path=path, code=errno.ENOENT, hint=hint)
+
+
+def _upload(
+    session: Session, config: Config, member: Member, place: Place, disk: Disk, *, is_new: bool
+) -> tuple[Copied, str]:
+    """Copy the ledger into the database, and put it aside; where that cannot begin, all is as before."""
+    from imagewatch.journal.postgres import copying  # noqa: PLC0415  an extra
+
+    state, path, is_committed = config.folders.state, path_in(config.folders.state), False
+    try:
+        _require_ledger(state)
+        with _opened(path) as file:
+            with copying.locked(session):
+                host, folder = socket.gethostname(), config.folders.inbox
+                copied = copying.to_postgresql(session, file, place, member.place, host, folder)
+            is_committed = True
+            return copied, _put_aside(path, disk)
+    except UncertainError:
+        raise
+    except SpoolError:
+        if is_new and not is_committed:
+            disk.unlink(os.path.join(state, SHARED))
+        raise
 
 
 def _is_there(session: Session, member: Member) -> bool:

@@ -16,6 +16,7 @@ from imagewatch.config.load import load
 from imagewatch.config.schema import Config, Folders, Shared
 from imagewatch.config.shared import conninfo, instance_of, require_psycopg
 from imagewatch.system.errors import ConfigError
+from imagewatch.system.masking import Mask, known
 
 SECRET = "Zq7Xw9Kv3"
 """It has nothing in common with the texts of any message."""
@@ -257,14 +258,26 @@ def test_the_names_of_two_inboxes_are_different_short_and_printable(one, two):
 # --- the connection
 
 
-def test_the_password_file_is_the_credential_that_systemd_passes(tmp_path):
+def test_the_password_is_the_credential_that_systemd_passes(tmp_path):
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     service = Shared(database="service=imagewatch")
     assert conninfo(service, environ) == conninfo(service, {}) == {}
-    (tmp_path / "pgpass").write_text("")
-    (tmp_path / "pgpass").chmod(0o600)
-    assert conninfo(service, environ) == {"passfile": str(tmp_path / "pgpass")}
+    credential = tmp_path / "database_password"
+    credential.write_text(f"{SECRET} it's\n")
+    credential.chmod(0o440)
+    assert conninfo(service, environ) == {"password": f"{SECRET} it's"}
+    for number in range(20):
+        known.remember(Mask(f"another-secret-{number}"))
+    assert known.text(f"before {SECRET} it's after") == "before *** after"
     assert conninfo(Shared(database="postgresql://db?passfile=/etc/mine"), environ) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"one\ntwo\n", b"a\0b", b"\xff" + SECRET.encode(), b"x" * 5000])
+def test_a_credential_that_holds_no_password_is_refused_and_not_shown(tmp_path, content):
+    (tmp_path / "database_password").write_bytes(content)
+    with pytest.raises(ConfigError, match="credential database_password") as refused_:
+        conninfo(Shared(database="service=imagewatch"), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert SECRET not in str(refused_.value)
 
 
 def test_without_the_library_the_message_says_what_to_install(monkeypatch):

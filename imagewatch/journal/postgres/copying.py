@@ -82,30 +82,42 @@ def connected(place: Place) -> Iterator[Session]:
     Raises:
         DatabaseError: It cannot be reached, or must not be used.
     """
-    try:
-        with (
-            contextlib.closing(Session(place, "migrate", _SETTINGS)) as session,
-            contextlib.closing(Session(place, "check")) as other,
-        ):
-            require_usable(session, is_replicated=place.is_replicated)
-            for why, hint in pooler(session, other):
-                raise unusable(why, hint)
-            yield session
-    except psycopg.Error as error:
-        raise translated(error) from error
+    with (
+        _translating(),
+        contextlib.closing(Session(place, "migrate", _SETTINGS)) as session,
+        contextlib.closing(Session(place, "check")) as other,
+    ):
+        require_usable(session, is_replicated=place.is_replicated)
+        for why, hint in pooler(session, other):
+            raise unusable(why, hint)
+        yield session
 
 
 @contextlib.contextmanager
 def locked(session: Session) -> Iterator[None]:
-    """Run the block in a transaction while no other daemon of the account spends, and no other copying runs."""
-    session.execute(
-        "INSERT INTO imagewatch.accounts (name) VALUES (current_setting('imagewatch.account')) ON CONFLICT DO NOTHING"
-    )
-    with session.transaction(commit=lambda: _commit(session)):
+    """Run the block in a transaction while no other daemon of the account spends, and no other copying runs.
+
+    Raises:
+        UncertainError: It is not known whether it was committed.
+        DatabaseError: It was undone.
+    """
+    with _translating(), session.transaction(commit=lambda: _commit(session)):
+        session.execute(
+            "INSERT INTO imagewatch.accounts (name) VALUES (current_setting('imagewatch.account')) "
+            "ON CONFLICT DO NOTHING"
+        )
         session.execute(
             "SELECT 1 FROM imagewatch.accounts WHERE name = current_setting('imagewatch.account') FOR UPDATE"
         )
         yield
+
+
+@contextlib.contextmanager
+def _translating() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        raise translated(error) from error
 
 
 def _commit(session: Session) -> None:
