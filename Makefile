@@ -50,6 +50,7 @@ $(TOOLS)/.installed: requirements/release.txt
 COMPILE = $(TOOLS)/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 lock: $(TOOLS)/.installed
 	$(COMPILE) pyproject.toml -o requirements/service.txt
+	$(COMPILE) --extra postgres pyproject.toml -o requirements/postgres.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) --group release -o requirements/release.txt
 

@@ -73,8 +73,9 @@ Exit codes:
       back (retry); a claimed prompt cannot go back because a newer file has
       its name (once)
   64  the command line is wrong
-  69  on hold (once, status); submit, again: dropped, but not known to be
-      finished; do not run it again (except submit --table)
+  69  on hold (once, status); the shared database cannot be used; submit,
+      again: dropped, but not known to be finished; do not run it again
+      (except submit --table)
   70  internal error, or a job is stuck and needs a person (once);
       check the folders first
   74  a local disk is full, read-only or missing, or a job is stuck and is

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from imagewatch.config.schema import Config
+    from imagewatch.journal.journal import Journal
 
 _PATIENCE = 6.0
 """How long a daemon may take to apply a request, seconds; without change events it checks every five."""
@@ -79,10 +80,21 @@ def control_of(config: Config) -> Iterator[Control]:
     Raises:
         SpoolError: The journal cannot be used.
     """
+    with usable_journal(config) as journal:
+        yield Control(config.folders.state, Disk(), journal.requests)
+
+
+@contextlib.contextmanager
+def usable_journal(config: Config) -> Iterator[Journal]:
+    """Open the journal for the block.
+
+    Raises:
+        SpoolError: The journal cannot be used.
+    """
     if error := opening.problem(config):
         raise error
     with contextlib.closing(opening.open_journal(config, time.time)) as journal:
-        yield Control(config.folders.state, Disk(), journal.requests)
+        yield journal
 
 
 def is_running(config: Config) -> bool:
@@ -122,8 +134,10 @@ def status_page(config: Config) -> dict[str, Any]:
 
 def _lasting(config: Config, page: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the holds of the next start; those that a daemon wrote last if the journal cannot be read."""
-    with contextlib.suppress(SpoolError), control_of(config) as control:
-        return status.lasting(page, control)
+    with contextlib.suppress(SpoolError), usable_journal(config) as journal:
+        control = Control(config.folders.state, Disk(), journal.requests)
+        own = [one for one in status.lasting(page, control) if not journal.account.concerns(one["kind"])]
+        return [*own, *status.shared_holds(journal.account.holds(), time.time())]
     found: list[dict[str, Any]] = page["holds"]
     return found
 

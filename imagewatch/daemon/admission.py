@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from imagewatch.daemon.account import SharedHolds
 from imagewatch.daemon.announcements import Announcements
 from imagewatch.daemon.burst import BurstGuard
-from imagewatch.protocol.reasons import KINDS, Others, Reason
+from imagewatch.daemon.stores import Stores
+from imagewatch.protocol.reasons import KINDS, STORES, Others, Reason, failure
 from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
@@ -38,9 +40,6 @@ _KEY_SECONDS = 2.0
 """How often the key file is checked while the account refuses requests, seconds."""
 _MOST_BROKEN = 2
 """After more cut-off uploads in a row than this, the network is taken to be the cause."""
-_MOST_CAUSES = 10
-"""The log names at most so many causes of one hold; the status has the newest one."""
-_NONE = ("", 0, "")
 _ACCOUNT = [kind.name for kind in KINDS.values() if kind.is_account]
 _log = structlog.get_logger()
 
@@ -63,6 +62,10 @@ class Admission:
         on_change: Called when a hold begins, changes or ends.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
+        is_at_work: Returns whether a worker has a job now.
+
+    Attributes:
+        shared: The holds of a shared account.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Admission:
         on_change: OnChange,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
+        is_at_work: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._on_change = on_change
         self._spool = spool
@@ -82,6 +86,7 @@ class Admission:
         self._holds = holds
         self._clock = clock
         self._now = monotonic
+        self.shared = SharedHolds(journal.account, holds, is_at_work, monotonic)
         self._key_stamp: Callable[[], object] = lambda: None
         self._key_step: Callable[[], str] = str
         self._stamp: object = None
@@ -91,11 +96,8 @@ class Admission:
         self._ended: dict[str, float] = {}
         self.burst = BurstGuard(monotonic)
         self.announcements = Announcements(journal.events, clock, monotonic)
-        self._held_by: dict[str, SpoolError] = {}
-        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for the local disk that were logged
-        self._is_proved = False  # whether the ledger was written once, before the first prompt
+        self.stores = Stores(spool, journal)
         self.may_report, self.not_reported = holds.may_report, holds.not_reported
-        self.disk_failed = False
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = self._knows_holds = False
@@ -118,12 +120,13 @@ class Admission:
         self._stamp = key_stamp()
         self.announcements.configure()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
+        self._probe_account()
 
     # What may be done
 
     def slots(self) -> int:
         """Return how many requests there may be at the same time: 0 during a hold, 1 while one is a probe."""
-        if self._held_by or self._holds.waiting(self._now()) is not None:
+        if self.stores.held_by or self._holds.waiting(self._now()) is not None:
             return 0
         return 1 if self._holds.probing() else self._limits.concurrency
 
@@ -137,8 +140,9 @@ class Admission:
         with self._first_bytes:
             if self._is_draining:
                 raise Withdrawn("the daemon stopped before the request was sent")
-            for error in list(self._held_by.values()):
-                raise Withdrawn(f"the queue was put on hold (disk) before the request was sent: {error}")
+            for error in list(self.stores.held_by.values()):
+                kind = failure(error).kind
+                raise Withdrawn(f"the queue was put on hold ({kind}) before the request was sent: {error}")
             hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
                 raise Withdrawn(
@@ -155,66 +159,78 @@ class Admission:
         with self._first_bytes:
             pass
 
-    def disk_works(self) -> bool:
-        """Return whether no hold for the local disk forbids what needs no request any more."""
-        return not self._holds.waits("disk", self._now())
+    def stores_work(self) -> bool:
+        """Return whether no hold for local disk or database forbids what needs no request any more."""
+        return not any(self._holds.waits(kind, self._now()) for kind in STORES)
 
     def has_room(self) -> bool:
-        """Return whether the local disks can take another paid response; if not, put the queue on hold."""
-        for error in self._held_by.values():
+        """Return whether another response can be paid, saved and recorded; if not, put the queue on hold."""
+        held = self.stores.held()
+        for error in held.values():
             self.failed(error)
-            return False
-        if not self._works(probe=self._holds.has("disk")):
-            return False
-        self._end(self._holds.clear("disk"))
-        return True
+        failed = self._failures(set(held), probe=any(self._holds.has(kind) for kind in STORES))
+        for kind in STORES:
+            if kind not in failed:
+                self._end(self._holds.clear(kind))
+        return not failed
 
-    def probe_disk(self) -> None:
+    def probe_stores(self) -> None:
         """Make the next write probe if it is due, also where nothing waits: the status must not show a past hold."""
-        if self._holds.has("disk") and not self._holds.waits("disk", self._now()) and not self._held_by:
+        held = self.stores.held()
+        kinds = [kind for kind in STORES if self._holds.has(kind) and kind not in held]
+        if any(not self._holds.waits(kind, self._now()) for kind in kinds):
             self.has_room()
 
     def works_for_others(self, job: Job, error: SpoolError) -> bool:
         """Return whether the local disks work although a job cannot continue; if not, put the queue on hold.
 
         If they work, the cause is in this job's own files, which another user may have put there; the others continue.
-        For what all jobs share (ledger, state folder), the queue is on hold until this job continues.
+        For what all jobs share (ledger, state folder, database), the queue is on hold until this job continues.
         """
-        if error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
+        is_database = failure(error).kind == "database"
+        if is_database or error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
             try:
-                self._spool.require_folders()
+                if not is_database:
+                    self._spool.require_folders()
             except SpoolError as cause:  # another state folder has its name: nothing in that one is ours
                 error = cause
-            if job.id not in self._held_by and error.code:  # others were logged already
+            if job.id not in self.stores.held_by and error.code:  # others were logged already
                 _log.error("stuck", **job.names, reason=str(error), next=error.hint, retried="automatically")
             self.hold_for(job.id, error)
             return False
         if error.code in FULL:  # a small probe may succeed where images do not
             self.failed(error)
             return False
-        return self._works(probe=True)
+        return not self._failures(set(), probe=True)
 
     def hold_for(self, job: str, error: SpoolError) -> None:
         """Put the queue on hold until a job continues, also if a write probe succeeds meanwhile."""
-        self._held_by[job] = error
+        self.stores.held_by[job] = error
         self.failed(error)
 
     def continues(self, job: str) -> None:
         """Note that a job continues: the queue is not on hold for it any more."""
-        self._held_by.pop(job, None)
+        self.stores.held_by.pop(job, None)
 
-    def _works(self, *, probe: bool) -> bool:
-        """Return whether there is room and, with ``probe``, whether every folder can be written; if not, hold."""
-        try:
-            if probe:
-                self._spool.probe()
-            self._spool.require_room(self._limits.min_free_bytes)
-            self._journal.require(prove=probe or not self._is_proved)
-            self._is_proved = True
-        except SpoolError as error:
-            self.failed(error)
-            return False
-        return True
+    def _failures(self, held: set[str], *, probe: bool) -> set[str]:
+        """Test local disk and journal and return the kinds of hold of what fails; there is a hold for each.
+
+        While one fails, the other is tested only if it has a hold to be ended.
+
+        Args:
+            held: Kinds that are known to fail; they are not tested.
+            probe: Whether it is tested that every folder and the journal can be written.
+        """
+        failed = set(held)
+        for kind in STORES:
+            if kind in held or (failed and not self._holds.has(kind)):
+                continue
+            try:
+                self.stores.test(kind, least_free=self._limits.min_free_bytes, probe=probe)
+            except SpoolError as error:  # of a journal on the local disk it is the disk's
+                self.failed(error)
+                failed.add(failure(error).kind)
+        return failed
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:
         """Put the queue on hold until a person releases it if too many prompts came at the same time.
@@ -234,6 +250,7 @@ class Admission:
             newest: Newest ctime of a prompt in the inbox, seconds since the epoch.
         """
         try:
+            self._read_account()
             self._read_control(newest)
         except SpoolError as error:  # the request of the command stays, and is read again
             self.failed(error)
@@ -245,7 +262,8 @@ class Admission:
             self._since = self._now()
             passed = max(self._clock(), newest)
             self.burst.let_pass(passed)
-            self._held_by.clear()  # a job that still fails puts the queue on hold again
+            self.shared.probe_now()  # what concerns other daemons, too, is not ended by this one
+            self.stores.held_by.clear()  # a job that still fails puts the queue on hold again
             self._control.released(passed)
             self._end(self._holds.clear())
         reason, before = self._control.held(), self._reason
@@ -254,6 +272,22 @@ class Admission:
             self._end(self._holds.clear("manual"))
         elif reason != before or not self._holds.has("manual"):
             self._begin(Reason("manual", reason or "put on hold manually"))
+
+    def _read_account(self) -> None:
+        """Begin and end the holds of a shared account here, too."""
+        begun, ended = self.shared.read()
+        if begun:
+            self._on_change(at_once=True)
+            self.wait_for_first_bytes()
+            self._remember()
+        for hold in begun:
+            self._log_begin(hold)
+        self._end(ended)
+
+    def _probe_account(self) -> None:
+        """Let the next probe of the account's holds be sent immediately, if the database can be used."""
+        with contextlib.suppress(SpoolError):
+            self.shared.probe_now()
 
     def check_key(self) -> None:
         """Check whether the key file was changed, if that is due."""
@@ -265,6 +299,7 @@ class Admission:
             _log.info("key_changed")
             for kind in _ACCOUNT:
                 self._end(self._holds.clear(kind))
+            self._probe_account()
 
     def watches_key(self) -> bool:
         """Return whether there is a hold that a changed key would end."""
@@ -307,10 +342,18 @@ class Admission:
         others = reason.row.others
         if reason.error is not None:
             self.failed(reason.error)
+        elif self.shared.concerns(reason.kind):
+            self._follow_account()
         elif others in {Others.CONTINUE, Others.FITTING} or reason.folder:
             pass
         elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
             self._begin(reason)
+
+    def _follow_account(self) -> None:
+        try:
+            self._read_account()
+        except SpoolError as error:
+            self.failed(error)
 
     def upload_broke(self, job: str, reason: Reason, began: float) -> None:
         """Note that the upload of a job was cut off: of one job for its own reasons, of several by the network.
@@ -330,14 +373,14 @@ class Admission:
         self._end(self._holds.disproved(began))
 
     def failed(self, error: SpoolError) -> None:
-        """Note that the local disk failed: nothing is sent until a write probe succeeds."""
-        self.disk_failed = True
-        hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
-        self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
+        """Note that local disk or shared database failed: nothing is sent until a write probe of it succeeds."""
+        reason = failure(error)
+        self.stores.failed.add(reason.kind)
+        self._begin(reason)
 
     def set_caps(self, refused: Mapping[tuple[str, str], Reason]) -> None:
         """Note whose prompts wait at a cap or a budget, by provider and folder, and why."""
-        now = self._clock()
+        now = self._journal.clock()  # that of the caps
         reasons = {whose: replace(reason, seconds=max(reason.ends - now, 0.0)) for whose, reason in refused.items()}
         begun, ended = self._holds.set_caps(reasons, self._now())
         if begun or ended:
@@ -355,7 +398,7 @@ class Admission:
             if not hold.brief:
                 _log.info("released", kind=hold.kind, **whose)
 
-    def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
+    def _begin(self, reason: Reason) -> None:
         kind = reason.kind
         if reason.seconds is None:
             reason = replace(reason, seconds=reason.row.seconds)
@@ -363,30 +406,27 @@ class Admission:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
-        known = self._is_logged(cause) if kind == "disk" else kind != "manual" and self._holds.waits(kind, now)
+        if reason.error is not None:
+            known = self.stores.is_logged(kind, reason.error, is_held=self._holds.has(kind))
+        else:
+            known = kind != "manual" and self._holds.waits(kind, now)
         hold = self._holds.add(reason, now)
         self._on_change(at_once=not known and not hold.brief)
         if known:
             return
         self.wait_for_first_bytes()
         self._remember()
-        fields: dict[str, object] = {"kind": kind, "reason": hold.reason.message, "next": hold.reason.next}
+        self._log_begin(hold)
+
+    def _log_begin(self, hold: Hold) -> None:
+        fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
-            fields |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
-        (_log.error if kind == "disk" else _log.warning)("held", **fields)
+            fields |= {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
+        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
 
     def _with_step(self, reason: Reason) -> Reason:
         """Return a reason with its next step, which for the key depends on where the key comes from."""
         return replace(reason, step=self._key_step()) if reason.kind == "key" and not reason.step else reason
-
-    def _is_logged(self, cause: tuple[str, int, str]) -> bool:
-        """Return whether the log has the hold for the local disk with this cause; from now on it has."""
-        if not self._holds.has("disk"):
-            self._causes.clear()
-        elif cause in self._causes or len(self._causes) >= _MOST_CAUSES:
-            return True
-        self._causes.add(cause)
-        return False
 
     def _end(self, ended: list[Hold]) -> None:
         if ended:
@@ -407,11 +447,11 @@ class Admission:
             self.announcements.unwritable()
             return
         events = self.announcements.to_write()
-        refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
+        refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT and hold.kind not in self._holds.shared]
         try:
             self._control.refuse({hold.kind: hold.reason.message for hold in refusals}, events)
             self.announcements.written(events)
-        except SpoolError:  # the disk has a hold of its own
+        except SpoolError:  # disk or database has a hold of its own
             self.announcements.unwritable()
 
     # What holds there are

@@ -25,7 +25,7 @@ from imagewatch.daemon.jobs import Job, Need
 from imagewatch.daemon.mailbox import Finished
 from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import SpoolError, UncertainError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ class Dispatch:
 
     def _start_all(self) -> None:
         """Start what may be done now. The first-level folders take turns: what is claimed, then the oldest prompt."""
-        self._admission.probe_disk()
+        self._admission.probe_stores()
         claimed: dict[str, list[Job]] = {}
         for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
             claimed.setdefault(job.folder, []).append(job)
@@ -93,7 +93,7 @@ class Dispatch:
         return self._jobs.may_send(self._admission.slots())
 
     def _may_deliver(self) -> bool:
-        return self._jobs.may_deliver(disk_works=self._admission.disk_works())
+        return self._jobs.may_deliver(stores_work=self._admission.stores_work())
 
     def _serve(self, name: str, claimed: list[Job]) -> bool:
         """Give a worker what is next in a first-level folder; return whether another folder may have its turn."""
@@ -147,6 +147,8 @@ class Dispatch:
         try:
             return self._parts.caps.admits(candidate, claim)
         except SpoolError as error:
+            if isinstance(error, UncertainError):
+                self._parts.is_recovered = False  # its job may be recorded, and would keep its name
             self._admission.failed(error)
             return None
 
@@ -170,5 +172,5 @@ class Dispatch:
         held = caps.held()
         self._admission.set_caps(held)
         if held:
-            seconds = min(refusal.ends for refusal in held.values()) - self._parts.clock()
+            seconds = min(refusal.ends for refusal in held.values()) - self._parts.journal.clock()
             caps.due = min(caps.due, self._parts.now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))

@@ -223,9 +223,9 @@ class Jobs:
         workers = sum(1 for _ in self._in(State.AT_WORK, State.DELIVERING))
         return sum(1 for _ in self._in(State.AT_WORK)) < slots and workers < self._most_workers
 
-    def may_deliver(self, *, disk_works: bool) -> bool:
-        """Return whether a worker may have a job that needs no request: only the local disk can forbid that."""
-        return disk_works and self.may_send(self._concurrency)
+    def may_deliver(self, *, stores_work: bool) -> bool:
+        """Return whether a worker may have a job that needs no request: only local disk or database can forbid that."""
+        return stores_work and self.may_send(self._concurrency)
 
     def due(self, now: float, *, is_held: bool) -> list[Job]:
         """Return the deferred jobs that may be carried on, the one that waits longest first."""

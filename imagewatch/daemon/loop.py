@@ -97,8 +97,8 @@ class Daemon:
         """Run until a signal comes or, with ``once``, until there is nothing left to do.
 
         Returns:
-            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: on hold), 70 (``once``:
-            a job hit a bug, or its record is damaged), 74 (``once``: local disk).
+            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: on hold, or the
+            database failed), 70 (``once``: a job hit a bug, or its record is damaged), 74 (``once``: local disk).
 
         Raises:
             ImagewatchError: It cannot start.
@@ -148,7 +148,7 @@ class Daemon:
             return True
         if not self._once:
             return False
-        if self._admission.disk_failed:
+        if self._admission.stores.failed:
             return True
         if self._admission.waits():
             return self._intake.scanner.is_complete and not self._jobs.any_may_continue()
@@ -164,7 +164,7 @@ class Daemon:
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
         if self._is_draining:  # only workers are waited for; those may wait for a folder
-            return DISK_SECONDS if self._admission.disk_failed else _LONGEST_WAIT
+            return DISK_SECONDS if self._admission.stores.failed else _LONGEST_WAIT
         now = self._now()
         times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._admission.patience()]
         times.append(self._admission.announcements.due)
@@ -224,8 +224,10 @@ class Daemon:
             return 0
         if self._jobs.left:
             return EXIT_INTERNAL  # not 1: it is not over, and may be paid for
-        if self._admission.disk_failed or self._jobs.any_fails:
+        if "disk" in self._admission.stores.failed or self._jobs.any_fails:
             return EXIT_SPOOL
+        if self._admission.stores.failed:
+            return EXIT_HELD
         if self.hold is not None and (self.left or self._jobs.any_deferred):
             return EXIT_HELD
         return EXIT_FAILED if self._results.failed or self._jobs.any_deferred else 0

@@ -36,12 +36,13 @@ _MOST_REDELIVERED = 20
 _State = Literal["running", "on_hold", "stopped"]
 _NOT_SHOWN = (HIDDEN, SYSTEM)
 """Such folders belong there."""
-_WITHOUT_CREDITS = {
+_FOR_ALL = {
     "credits": "the account has too few credits",
     "quota": "the quota of the account is used up",
     "cap": "the cap on credits for this day or month is reached",
+    "database": "the shared database cannot be used",
 }
-"""The messages of these holds name amounts."""
+"""The messages of these holds name amounts, or hosts and users of a database."""
 _READY_IN = {"on_hold": "waits for the end of the hold", "stopped": "waits until imagewatch is started"}
 """Why a prompt waits that is ready, by state."""
 _FIXED = {Wait.EMPTY, Wait.SETTLING, Wait.ARRIVING, Wait.CAP}
@@ -112,7 +113,7 @@ class Content:
             kind=hold.kind,
             provider=hold.provider or None,
             folder=_name(hold.folder) if hold.folder else None,
-            message=_text(_without_credits(hold)),
+            message=_text(_for_all(hold)),
             since=self._walls.get((hold.kind, hold.began)),
             next_try_at=self._walls.get((hold.kind, hold.until)),
             next=_text(hold.reason.next),
@@ -207,10 +208,10 @@ def _message(path: str, kind: str, reasons: Reasons, state: str) -> str:
     return Wait(kind).text if kind in _FIXED else reasons[path]
 
 
-def _without_credits(hold: Hold) -> str:
+def _for_all(hold: Hold) -> str:
     if hold.kind == "cap" and hold.folder:
         return "the budget of the folder for this day or month is used up"
-    return _WITHOUT_CREDITS.get(hold.kind, hold.reason.message)
+    return _FOR_ALL.get(hold.kind, hold.reason.message)
 
 
 def _is_long(hold: Hold, now: float) -> bool:

@@ -78,7 +78,16 @@ class Parts:
         self.ledger = self.journal.ledger
         self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk, self.journal.requests)
-        self.admission = Admission(self.spool, self.journal, self.control, holds, self._changed_hold, clock, monotonic)
+        self.admission = Admission(
+            self.spool,
+            self.journal,
+            self.control,
+            holds,
+            self._changed_hold,
+            clock,
+            monotonic,
+            lambda job: job in self.jobs.at_work,
+        )
         self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
         self.admission.announcements.on_written = self.notifier.wake
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
@@ -120,6 +129,7 @@ class Parts:
         self.jobs.configure(config.limits.concurrency)
         self.worker = self._new_worker(config)
         self.intake.configure(config.inbox, config.limits.burst)
+        self.admission.shared.configure(config.endpoint.deadline_seconds)
         self.admission.configure(
             config.limits,
             config.inbox.settle_seconds,

@@ -54,12 +54,14 @@ class Results:
         try:
             outcome = message.future.result()
         except SpoolError as error:
+            self._parts.admission.shared.over(job.id, is_answered=False)
             self._unreserve(job)
             self._failed(job, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("internal_error", **job.names, next="report this as a bug")
             job.problem = "internal error; the log has the details"
+            self._parts.admission.shared.over(job.id, is_answered=False)
             self._unreserve(job)
             self._leave(job)
             return
@@ -79,7 +81,7 @@ class Results:
 
         If a test file can be written, only this job is affected: a file is in its way, or a permission is missing. The
         queue continues, but nothing is claimed from the job's folder: the same may happen to other prompts of that
-        folder after they were paid for. If no test file can be written, the queue is on hold.
+        folder after they were paid for. If no test file can be written, or the database failed, the queue is on hold.
         """
         job.problem = "; ".join(filter(None, (str(error), error.hint)))
         if error.code == 0:
@@ -140,6 +142,7 @@ class Results:
     def _hold_or_release(self, outcome: Outcome, began: float) -> None:
         """Hold or release the queue as the outcome demands."""
         admission = self._parts.admission
+        admission.shared.over(outcome.job, is_answered=outcome.answered and outcome.reason is None)
         if outcome.reason is not None and outcome.reason.kind == "broken":
             admission.upload_broke(outcome.job, outcome.reason, began)
         elif outcome.reason is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
 from imagewatch.inbox.candidate import Reasons, Wait, joined
+from imagewatch.journal.account import PUT_ON_HOLD
 from imagewatch.journal.budget import day_and_month
 from imagewatch.journal.events import Counts
 from imagewatch.journal.ledger import NO_TOTALS
@@ -25,11 +26,12 @@ from imagewatch.system.masking import known
 from imagewatch.system.text import amount, printable, to_json, utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from imagewatch.config.schema import Config
     from imagewatch.daemon.admission import Admission
     from imagewatch.inbox.candidate import ScanResult
+    from imagewatch.journal.account import AccountHold
     from imagewatch.journal.control import Control
     from imagewatch.journal.events import Events
     from imagewatch.journal.ledger import Ledger
@@ -75,6 +77,27 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
         manual = {"kind": "manual", "reason": reason, "next": HOLDS["manual"].next}
         holds.append({**manual, "since": None, "next_try_at": None})
     return holds
+
+
+def shared_holds(holds: Iterable[AccountHold], now: float) -> list[dict[str, Any]]:
+    """Return the holds of a shared account as the page of a running daemon has them.
+
+    Args:
+        holds: As the database has them.
+        now: Wall-clock time, seconds since the epoch.
+    """
+    return [
+        {
+            "kind": hold.kind,
+            "provider": None,
+            "folder": None,
+            "reason": printable(known.text(hold.message)) or PUT_ON_HOLD,
+            "since": iso(now - hold.age),
+            "next_try_at": None if hold.is_manual else iso(now + hold.forbids("")),
+            "next": HOLDS[hold.kind].next,
+        }
+        for hold in holds
+    ]
 
 
 def as_of(page: Mapping[str, Any], now: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from msgspec.structs import replace as changed
 from imagewatch.endpoint.api import largest_answer
 from imagewatch.endpoint.body import Body
 from imagewatch.journal.prices import Asked
-from imagewatch.protocol.reasons import Reason
+from imagewatch.protocol.reasons import Reason, failure
 from imagewatch.protocol.values import Head, Sent, Tail, dump
 from imagewatch.system.errors import Broken, ChargeUnknown, ConfigError, JobError, SpoolError, Unavailable, Withdrawn
 
@@ -255,8 +255,7 @@ def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) 
     if isinstance(error, ChargeUnknown):
         return replace(fate, left=Left.WHOLE, message=message)
     if isinstance(error, SpoolError):
-        disk = Reason("disk", message, error=error)
-        return replace(fate, message=message, status=sink.status, reason=disk if is_unsent else None)
+        return replace(fate, message=message, status=sink.status, reason=failure(error) if is_unsent else None)
     if isinstance(error, ConfigError):
         problem = error.problems[0]
         message, step = f"{problem.field}: {problem.reason}", problem.hint

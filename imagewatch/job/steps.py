@@ -348,7 +348,9 @@ class Steps:
         try:
             self._completion.refuse(job, verdict)
         except SpoolError:  # it will go back to the inbox, and no error file reports the refusal
-            if verdict.reaction is Reaction.ACCOUNT:
+            if self._journal.account.concerns(verdict.reason.kind):
+                self._journal.account.not_reported(verdict.reason.kind)
+            elif verdict.reaction is Reaction.ACCOUNT:
                 self._not_reported(verdict.reason.kind)
             raise
 

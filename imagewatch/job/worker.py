@@ -21,7 +21,7 @@ from imagewatch.job.rules import State, Step, next_step
 from imagewatch.job.running import RunningJob
 from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
-from imagewatch.protocol.reasons import Reaction, Reason
+from imagewatch.protocol.reasons import Reaction, Reason, failure
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import Problem, SpoolError
 
@@ -107,8 +107,7 @@ class Worker:
         try:
             record.begin(claim)
         except SpoolError as error:  # its prompt is where it was
-            reason = Reason("disk", str(error), error=error)
-            return Outcome(claim.job, End.NOTHING, claim.source, reason=reason)
+            return Outcome(claim.job, End.NOTHING, claim.source, reason=failure(error))
         if not self._spool.originals.claim(claim):
             self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)
@@ -196,7 +195,7 @@ class Worker:
             if reaction is Reaction.ACCOUNT and shown.answered <= job.earlier:
                 shown = replace(shown, reports=False)
             elif reaction is Reaction.ACCOUNT:
-                shown = replace(shown, reports=job.reason is None and self._may_report(verdict.reason.kind))
+                shown = replace(shown, reports=job.reason is None and self._reports(job, verdict.reason))
                 job.reason = verdict.reason
         return replace(
             shown,
@@ -205,6 +204,12 @@ class Worker:
             fresh=job.is_fresh,
             attempts_left=job.record.made() < self._config.retry.attempts,
         )
+
+    def _reports(self, job: RunningJob, reason: Reason) -> bool:
+        """Return whether a job shows a refusal of the account or the URL in ``errors``; the others go back."""
+        if self._journal.account.concerns(reason.kind):  # one job of all daemons of the account shows it
+            return self._journal.account.refused(reason, job.id)
+        return self._may_report(reason.kind)
 
     def _end_by_bug(self, job: RunningJob, error: Exception) -> None:
         """End a job in which a bug occurred, if nothing was paid for it; else keep its record for the next start."""

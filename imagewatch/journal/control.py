@@ -79,6 +79,10 @@ class Control:
         self._requests.release()
         self._wake()
 
+    def wake(self) -> None:
+        """Let a running daemon look for what it is asked."""
+        self._wake()
+
     def retry(self, job: str) -> None:
         """Ask to read the paid response of a job again."""
         self._requests.retry(job)

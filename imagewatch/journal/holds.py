@@ -1,8 +1,8 @@
 """Why nothing is sent at the moment, and until when.
 
-A *hold* stops the whole queue for a reason that every request would hit: a rejected key, no credits, an endpoint
-that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one job is
-sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval.
+A *hold* stops the whole queue for a reason that every request would hit: a rejected key, no credits, an endpoint or a
+database that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one
+job is sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval.
 
 What ends a hold (``protocol.reasons`` has all kinds, and to which of these sorts each belongs):
 
@@ -14,6 +14,7 @@ endpoint or the network        ``imagewatch release``. Those about the account a
 ``busy``, ``rate`` (brief)     their time, without a probe; a job that waits for them may stay claimed. The time that
                                the endpoint names counts up to an hour (``job.rules.retry_delay``), after a 503 30 s
 ``disk``                       a test file that can be written
+``database``                   a test row that can be written; the local disk is tested separately
 ``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
 =============================  =========================================================================================
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FIRST_SECONDS = 15.0
+GRACE_SECONDS = 60.0
 LONGEST_SECONDS = 900.0
 LONGEST_ASKED_SECONDS = 6 * 3600.0
 """However long an endpoint asks us to wait: a probe is free, and a wrong clock must not stop us for years."""
@@ -83,10 +85,19 @@ class Holds:
 
     Args:
         first_seconds: How long a hold lasts before its first probe, if its reason does not say.
+        grace_seconds: How long after its deadline a probe may be without a result before another daemon of a shared
+            account sends one.
+
+    Attributes:
+        first_seconds: As given.
+        grace_seconds: As given.
+        shared: The kinds of hold that concern all daemons of a shared account: only ``set_shared`` changes them.
     """
 
-    def __init__(self, first_seconds: float = FIRST_SECONDS) -> None:
-        self._first_seconds = first_seconds
+    def __init__(self, first_seconds: float = FIRST_SECONDS, grace_seconds: float = GRACE_SECONDS) -> None:
+        self._first_seconds = self.first_seconds = first_seconds
+        self.grace_seconds = grace_seconds
+        self.shared: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         self._reported: set[str] = set()
         self._holds: dict[str, Hold] = {}
@@ -158,13 +169,30 @@ class Holds:
             [hold for whose, hold in before.items() if whose not in self._caps],
         )
 
+    def set_shared(self, found: Mapping[str, Hold]) -> tuple[list[Hold], list[Hold]]:
+        """Take the holds of a shared account as they are now.
+
+        Args:
+            found: The holds by kind.
+
+        Returns:
+            The holds that have begun, and those that have ended.
+        """
+        begun = [hold for kind, hold in found.items() if kind not in self._holds]
+        ended = [hold for kind, hold in self._holds.items() if kind in self.shared and kind not in found]
+        with self._lock:
+            for hold in ended:
+                del self._holds[hold.kind]
+            self._holds |= found
+        return begun, ended
+
     def clear(self, kind: str | None = None) -> list[Hold]:
         """End a hold, or all except caps; return what was ended."""
-        return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])
+        return self._end([hold for hold in self._own() if kind in {None, hold.kind}])
 
     def clear_outer(self) -> list[Hold]:
         """End every hold about the account, the network or a limit; return what was ended."""
-        return self._end([hold for hold in self._holds.values() if not hold.is_local])
+        return self._end([hold for hold in self._own() if not hold.is_local])
 
     def disproved(self, began: float) -> list[Hold]:
         """End every hold that a response disproves; return what was ended.
@@ -175,7 +203,11 @@ class Holds:
         Args:
             began: Monotonic time at which the request was begun, seconds.
         """
-        return self._end([hold for hold in self._holds.values() if hold.since < began and not hold.is_local])
+        return self._end([hold for hold in self._own() if hold.since < began and not hold.is_local])
+
+    def _own(self) -> list[Hold]:
+        """Return the holds that this daemon ends itself."""
+        return [hold for hold in self._holds.values() if hold.kind not in self.shared]
 
     def _end(self, ended: list[Hold]) -> list[Hold]:
         with self._lock:

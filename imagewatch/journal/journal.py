@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import astuple, replace
 
+from imagewatch.journal.account import Account
 from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.budget import NO_BUDGETS, Budget, folder_of
 from imagewatch.journal.earlier import adopt, close_lost
@@ -49,6 +50,12 @@ _UPSERT = (
     + " WHERE attempts.nonce = excluded.nonce"
 )
 
+_TOMBSTONE = (
+    f"{_INSERT_ATTEMPT}"
+    "ON CONFLICT (job, attempt) DO UPDATE SET outcome = 'unsent', charged = 'no', reserved = 0 "
+    "WHERE attempts.nonce = excluded.nonce AND attempts.outcome = 'sent'"
+)
+
 
 class Journal:
     """The journal. Safe to use from several threads.
@@ -65,6 +72,7 @@ class Journal:
         ledger: What was requested, completed and spent.
         requests: What commands ask for, and the holds that last.
         events: What is to be notified.
+        account: Holds that concern all daemons of a shared account.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Journal:
         self.ledger = Ledger(self._file)
         self.requests = Requests(self._file, clock)
         self.events = Events(self._file, clock)
+        self.account = Account(self._file)
 
     def configure(self, limits: Limits, budgets: Mapping[str, FolderBudget] = NO_BUDGETS) -> None:
         """Take other caps and another rate, for all and for single first-level folders."""
@@ -303,6 +312,8 @@ class Journal:
             self._require_free(connection, row)
             if (reason := self._refusal(connection, row, asked, skip_repeated=skip_repeated)) is not None:
                 return reason
+            if (reason := self._held_account(connection, row.job, probes=True)) is not None:
+                return reason
             cost = self.budget(connection).reservation(asked, folder_of(row.source))
             self._write(connection, replace(row, outcome="sent", charged="unknown", reserved=cost))
             connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (row.job,))
@@ -319,12 +330,19 @@ class Journal:
 
     def refusal(self, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
         """Return why ``spend`` would refuse an attempt now, or None; before a connection is made for it."""
+
+        def act(connection: Connection) -> Reason | None:
+            reason = self._refusal(connection, row, asked, skip_repeated=skip_repeated)
+            return reason or self._held_account(connection, row.job, probes=False)
+
         if self.budget().has_rate(folder_of(row.source)):  # to ask for the rate may correct the time of a request
-            return self._file.change(
-                lambda connection: self._refusal(connection, row, asked, skip_repeated=skip_repeated), synced=False
-            )
+            return self._file.change(act, synced=False)
         with self._file.using() as connection:
-            return self._refusal(connection, row, asked, skip_repeated=skip_repeated)
+            return act(connection)
+
+    def _held_account(self, connection: Connection, job: str, *, probes: bool) -> Reason | None:
+        """Return why the holds of a shared account forbid a request, or None; asked last, as it may be a probe."""
+        return self.account.refusal(connection, job, probes=probes) if self.account.is_on else None
 
     def correct_times(self) -> None:
         """Count what is dated later than now for the rate as if it had been sent now."""
@@ -397,7 +415,7 @@ class Journal:
             if not connection.execute(_UNSENT, (job, attempt)).rowcount and uncertain is not None:
                 # Its transaction may still be committed: with this row it cannot.
                 row = replace(uncertain, outcome="unsent", charged="no", reserved=0.0, request="")
-                connection.execute(_INSERT_ATTEMPT, storable(astuple(row)))
+                connection.execute(_TOMBSTONE, storable(astuple(row)))
 
         self._file.change(act)
         self._uncertain.pop(job, None)

@@ -21,6 +21,7 @@ _CLOCKS = (1_000_000_000, 1_000_000, 100)
 """Nanoseconds that the times of files are multiples of, on some file systems and after some copies."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
 """The integers of SQLite. An mtime may be beyond them, in nanoseconds: any user can set it to the year 2400."""
+_SELECT = f"SELECT {', '.join(COLUMNS)} FROM attempts"  # noqa: S608  our own names
 NO_TOTALS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0.0}
 """What ``Ledger.totals`` returns of an empty ledger."""
 
@@ -109,10 +110,7 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all attempts, oldest first."""
-        return [
-            dict(row)
-            for row in self.ask("SELECT * FROM attempts WHERE outcome <> 'unsent' ORDER BY claimed_at, job, attempt")
-        ]
+        return [dict(row) for row in self.ask(f"{_SELECT} WHERE outcome <> 'unsent' ORDER BY claimed_at, job, attempt")]
 
     def jobs(self, since: float = 0.0, newest: int | None = None) -> list[dict[str, Any]]:
         """Return one row for each job: its last attempt, with ``attempts`` made, ``credits`` of all of them.
@@ -141,9 +139,7 @@ class Ledger:
 
     def job(self, job: str) -> dict[str, Any] | None:
         """Return the last attempt of a job, or None."""
-        rows = self.ask(
-            "SELECT * FROM attempts WHERE job = ? AND outcome <> 'unsent' ORDER BY attempt DESC LIMIT 1", job
-        )
+        rows = self.ask(f"{_SELECT} WHERE job = ? AND outcome <> 'unsent' ORDER BY attempt DESC LIMIT 1", job)
         return dict(rows[0]) if rows else None
 
     def balance(self) -> tuple[float, float] | None:

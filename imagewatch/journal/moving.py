@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from imagewatch.journal.counted import FILE as COUNTED
 from imagewatch.journal.files import ARRIVED, MARK, MOVED, path_in, recorded, require_sound, translated
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.opening import (
@@ -89,6 +90,7 @@ def to_postgresql(config: Config, disk: Disk, environ: Mapping[str, str]) -> tup
         elif os.path.lexists(path):
             with _opened(path):
                 kept = _put_aside(path, disk)
+    _forget_count(state, disk)
     write_member(state, msgspec.structs.replace(member, moving=""), disk)
     return copied, kept
 
@@ -118,6 +120,7 @@ def to_sqlite(config: Config, disk: Disk, environ: Mapping[str, str]) -> Copied 
                 copied = _download(session, path, member, disk)
                 copying.leave(session)
     _use(path, member, disk)
+    _forget_count(state, disk)
     disk.unlink(os.path.join(state, SHARED))
     disk.sync_folder(state)
     return copied
@@ -238,6 +241,13 @@ def _download(session: Session, path: str, member: Member, disk: Disk) -> Copied
     disk.rename(part, path + ARRIVED)
     disk.sync_folder(folder)
     return copied
+
+
+def _forget_count(state: str, disk: Disk) -> None:
+    """Forget how many attempts this daemon had recorded in a database that it has left."""
+    path = os.path.join(state, COUNTED)
+    if os.path.lexists(path):
+        disk.unlink(path)
 
 
 def _use(path: str, member: Member, disk: Disk) -> None:

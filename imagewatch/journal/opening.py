@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch.config.shared import conninfo, instance_of, require_psycopg
+from imagewatch.journal.counted import Counted
 from imagewatch.journal.files import path_in
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
@@ -130,7 +131,8 @@ def problem(config: Config) -> SpoolError | None:
             journal.require()
             member = member_of(config.folders.state)
             database: PostgresDatabase = journal.file  # type: ignore[assignment]
-            database.require_own(member.place if member else "", config.shared.lease_seconds)
+            recorded = Counted(config.folders.state).read()
+            database.require_own(member.place if member else "", config.shared.lease_seconds, recorded=recorded)
     except SpoolError as error:
         return error
     return None
@@ -204,10 +206,20 @@ def begin(config: Config, journal: Journal, disk: Disk, *, replaces: bool = Fals
     if known is None:
         write_member(state, member, disk)
     try:
+        counted = Counted(state)
+        if replaces:
+            counted.write(0)
         with unusable_as_config():
             database.require_direct()
-            lease = config.shared.lease_seconds
-            database.register(socket.gethostname(), config.folders.inbox, member.place, lease, replaces=replaces)
+            database.register(
+                socket.gethostname(),
+                config.folders.inbox,
+                member.place,
+                config.shared.lease_seconds,
+                replaces=replaces,
+                recorded=counted.read(),
+                note=counted.write,
+            )
     except UncertainError:
         raise
     except (ConfigError, SpoolError):

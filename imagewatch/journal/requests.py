@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from imagewatch.journal.account import SHARED
 from imagewatch.journal.events import Events
 from imagewatch.system.text import printable, whole
 
@@ -28,6 +29,8 @@ class Requests:
     def __init__(self, file: Database, clock: Callable[[], float]) -> None:
         self._file = file
         self._clock = clock
+        # ``refuse`` leaves them alone: those of a person, and those of all daemons of a shared account.
+        self._others = (_MANUAL, *SHARED) if file.is_shared else (_MANUAL,)
 
     def _ask(self, question: str, *values: object) -> list[Row]:
         with self._file.using() as connection:
@@ -59,7 +62,8 @@ class Requests:
 
     def refused(self) -> dict[str, str]:
         """Return what the account or the endpoint refused when a daemon last ran: messages by kind of hold."""
-        rows = self._ask("SELECT kind, message FROM holds WHERE kind <> ? ORDER BY since", _MANUAL)
+        marks = ", ".join("?" * len(self._others))
+        rows = self._ask(f"SELECT kind, message FROM holds WHERE kind NOT IN ({marks}) ORDER BY since", *self._others)  # noqa: S608
         return {row["kind"]: printable(row["message"], _LONGEST) for row in rows}
 
     def refuse(self, messages: Mapping[str, str], events: Sequence[Event] = ()) -> None:
@@ -73,8 +77,8 @@ class Requests:
             return
 
         def act(connection: Connection) -> None:
-            marks = ", ".join("?" * (len(messages) + 1))
-            connection.execute(f"DELETE FROM holds WHERE kind NOT IN ({marks})", (_MANUAL, *messages))  # noqa: S608
+            kept = *self._others, *messages
+            connection.execute(f"DELETE FROM holds WHERE kind NOT IN ({', '.join('?' * len(kept))})", kept)  # noqa: S608
             for kind, message in messages.items():
                 self._begin(connection, kind, message)
             Events.write(connection, events)

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from imagewatch.system.errors import DatabaseError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 QUOTA, NOT_ADMITTED, JSON_OBJECT = "it names a quota", '"admitted": false', "a JSON object that is not empty"
 """What the body of a response must contain, where its status alone is not enough."""
 DISK_SECONDS = 5.0
-"""How long after the local disk failed the next test file is written."""
+"""How long after the local disk or the shared database failed the next test is made."""
 
 
 class Reaction(enum.Enum):
@@ -43,7 +45,7 @@ class Others(enum.Enum):
     PAUSE = "wait as the API asks, for about an hour at most (503: 30 seconds)"
     SLOW = "wait for the next minute"
     PROBE = "wait; from time to time one is sent as a test"
-    DISK = "wait until a test file can be written"
+    DISK = "wait until a test write succeeds"
     PERSON = "wait for `imagewatch release`"
 
 
@@ -57,7 +59,7 @@ class Kind:
         charged: Whether the request may have been charged.
         reaction: What happens to the prompt.
         others: What happens to the other prompts. If they do not just ``CONTINUE``, a hold begins. It has the name of
-            this row; only ``lost`` begins a hold ``disk``.
+            this row; only ``lost`` begins a hold ``disk``. The holds ``disk`` and ``database`` are in ``STORES``.
         statuses: HTTP statuses that mean this, each with what the body must contain, or an empty string. The first row
             that fits a response counts.
         next: Next step while the hold lasts, for the administrator.
@@ -65,6 +67,7 @@ class Kind:
         seconds: How long the hold lasts if the reason sets no time; None: see ``journal.holds``.
         is_own: Whether it is our own limit; it is not checked again after the request was admitted.
         is_short: Whether it is our own limit for a short time: a job that waits for it stays claimed.
+        is_shared: Whether it concerns all daemons of a shared account. A key and a URL are those of one host.
     """
 
     name: str
@@ -78,11 +81,7 @@ class Kind:
     seconds: float | None = None
     is_own: bool = False
     is_short: bool = False
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether it concerns all daemons of a shared account."""
-        return self.is_account or self.name == "manual_account"
+    is_shared: bool = False
 
     @property
     def is_account(self) -> bool:
@@ -139,6 +138,7 @@ RESPONSES = (
         statuses={402: ""},
         next="add credits to the account; the daemon resumes automatically; to try now: imagewatch release",
         retry="add credits to the account, then move the prompt back into the inbox",
+        is_shared=True,
     ),
     Kind(
         "quota",
@@ -149,6 +149,7 @@ RESPONSES = (
         statuses={429: QUOTA},
         next="wait until the quota is renewed; the daemon resumes automatically",
         retry="wait until the quota is renewed, then move the prompt back into the inbox",
+        is_shared=True,
     ),
     Kind(
         "endpoint",
@@ -202,6 +203,15 @@ RESPONSES = (
         Reaction.WAIT,
         Others.DISK,
         next="check the disk and the system log; the daemon resumes automatically",
+        seconds=DISK_SECONDS,
+    ),
+    Kind(
+        "database",
+        "the shared database cannot be used before the request is sent",
+        "no",
+        Reaction.WAIT,
+        Others.DISK,
+        next="to see the cause, run: imagewatch db check; the daemon resumes automatically",
         seconds=DISK_SECONDS,
     ),
     Kind(
@@ -277,6 +287,7 @@ LIMITS = (
         Others.PERSON,
         next="to resume all daemons of the account: imagewatch release --account",
         seconds=math.inf,
+        is_shared=True,
     ),
     Kind(
         "repeated",
@@ -289,6 +300,8 @@ LIMITS = (
 KINDS = {kind.name: kind for kind in (*RESPONSES, *LIMITS)}
 HOLDS = {kind.name: kind for kind in KINDS.values() if kind.next}
 """The kinds of hold."""
+STORES = tuple(kind.name for kind in HOLDS.values() if kind.others is Others.DISK)
+"""The kinds of hold that end when a test write succeeds, each by its own test: local disk and shared database."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +314,7 @@ class Reason:
         seconds: How long to wait, if the API asked for a time.
         ends: For ``cap``: when its day or month ends, and for ``rate`` when one more may be sent; seconds since the
             epoch.
-        error: For ``disk``: what failed.
+        error: For the kinds in ``STORES``: what failed.
         step: Next step for the administrator, where it is not the one of the row.
         folder: The first-level folder whose budget it is about; empty: it is not about one. It does not concern the
             prompts of other folders.
@@ -329,3 +342,8 @@ class Reason:
     def next(self) -> str:
         """Next step for the administrator."""
         return (self.error.hint if self.error else "") or self.step or self.row.next
+
+
+def failure(error: SpoolError) -> Reason:
+    """Return the reason to wait after the shared database failed, or the local disk, which has the ledger, too."""
+    return Reason("database" if isinstance(error, DatabaseError) else "disk", str(error), error=error)

@@ -23,6 +23,7 @@ also in ``journal/sqlite`` and ``job/record``.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Final
 
@@ -108,7 +109,13 @@ class DamagedJobError(SpoolError):
 
 
 class DatabaseError(SpoolError):
-    """The shared database cannot be used: out of reach, read-only or refusing the connection."""
+    """The shared database cannot be used: out of reach, read-only or refusing the connection.
+
+    Its ``code`` is not 0, so that a job which fails with it is tried again automatically.
+    """
+
+    def __init__(self, message: str, *, path: str = "", code: int = errno.EREMOTEIO, hint: str = "") -> None:
+        super().__init__(message, path=path, code=code, hint=hint)
 
 
 class UncertainError(DatabaseError):

@@ -142,7 +142,23 @@ print(*sys.modules)
     commands = {f"imagewatch.commands.{module}" for module, _ in COMMANDS.values()}
     modules = set(done.stdout.splitlines()[-1].split())
     assert "imagewatch.commands.main" in modules
-    assert not modules & {*commands, "httpx", "PIL", "structlog", "sqlite3"}
+    assert not modules & {*commands, "httpx", "PIL", "structlog", "sqlite3", "psycopg"}
+
+
+@pytest.mark.parametrize("command", ["--version", "check", "once"])
+def test_without_the_extra_for_postgresql_commands_work_as_before(folders, command):
+    folders.prompt("cat", "A cat")
+    script = "import sys; sys.modules['psycopg'] = None; from imagewatch.__main__ import main; main()"
+    environ = {"PATH": os.environ["PATH"], "HOME": str(folders.root), **folders.environ}
+    done = subprocess.run(
+        [sys.executable, "-c", script, command],
+        env=environ,
+        cwd=folders.root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)

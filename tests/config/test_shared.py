@@ -280,6 +280,21 @@ def test_a_credential_that_holds_no_password_is_refused_and_not_shown(tmp_path, 
     assert SECRET not in str(refused_.value)
 
 
+def test_the_server_accepts_the_password_in_a_credential_as_systemd_passes_it(own_postgres, tmp_path):
+    psycopg = pytest.importorskip("psycopg", reason="psycopg (the extra postgres) is not installed")
+    uri = own_postgres.user("guarded", f"{SECRET} it's")
+    file = tmp_path / "database_password"
+    file.write_text(f"{SECRET} it's\n")
+    file.chmod(0o440)  # as systemd does for the user of a service
+    psycopg.connect(uri, **conninfo(Shared(database=uri), {"CREDENTIALS_DIRECTORY": str(tmp_path)})).close()
+
+
+def test_a_credential_that_cannot_be_read_is_a_fault_of_the_configuration(tmp_path):
+    (tmp_path / "database_password").mkdir()
+    with pytest.raises(ConfigError, match="credential database_password: is not a regular file"):
+        conninfo(Shared(), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
 def test_without_the_library_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ConfigError, match=r"shared\.database: .*pip install 'imagewatch\[postgres\]'"):

@@ -60,10 +60,10 @@ def test_a_job_that_is_only_delivered_uses_no_slot_but_half_as_many_more_may_be_
 
 def test_what_was_paid_for_is_delivered_during_a_hold_unless_the_disk_fails():
     table = jobs(1)
-    assert table.may_deliver(disk_works=True)
-    assert not table.may_deliver(disk_works=False)
+    assert table.may_deliver(stores_work=True)
+    assert not table.may_deliver(stores_work=False)
     started(table, "a")
-    assert not table.may_deliver(disk_works=True)
+    assert not table.may_deliver(stores_work=True)
 
 
 @given(st.integers(1, 64), st.integers(0, 64), st.integers(0, 96), st.integers(0, 96))
@@ -75,7 +75,7 @@ def test_neither_the_slots_nor_the_workers_are_ever_exceeded(concurrency, slots,
         table.deliver(f"{number}")
     most_workers = concurrency + concurrency // 2
     assert table.may_send(slots) == (sending < slots and sending + delivering < most_workers)
-    assert table.may_deliver(disk_works=True) == table.may_send(concurrency)
+    assert table.may_deliver(stores_work=True) == table.may_send(concurrency)
 
 
 # Which names are taken

@@ -262,7 +262,9 @@ def test_an_older_copy_that_was_made_since_the_start_is_not_used_after_a_kill(
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
     folders.prompt("dog", "A dog")
-    until(lambda: folders.finished() == {"dog": "outbox"})
+    until(
+        lambda: folders.finished() == {"dog": "outbox"} and folders.leftovers() == []
+    )  # what is recorded last is the attempt
     sandbox.hold()
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(2, 20)

@@ -22,6 +22,7 @@ TESTING = PYPROJECT["project"]["optional-dependencies"]["test"]
 BUILDING = PYPROJECT["build-system"]["requires"]
 DIRECT = {
     "service": DEPENDENCIES,
+    "postgres": [*DEPENDENCIES, *PYPROJECT["project"]["optional-dependencies"]["postgres"]],
     "build": BUILDING,
     "release": [*BUILDING, *(one for one in GROUPS["release"] if isinstance(one, str))],
 }
@@ -81,6 +82,12 @@ def test_a_lock_file_pins_each_file_by_its_hash_and_names_no_host(name):
     for line in content(name).splitlines():
         assert not line.startswith("-")
         assert not re.search(r"://|/[a-z]|\\[a-z]|@|--(?!hash=)", line), line
+
+
+def test_the_installation_for_a_shared_database_has_the_same_versions_as_the_other():
+    service, shared = entries("service"), entries("postgres")
+    assert {one: shared[one][0] for one in service} == {one: version for one, (version, _, _) in service.items()}
+    assert "psycopg-binary" in {*shared} - {*service}
 
 
 def test_the_documented_installation_checks_the_hash_of_all_that_it_fetches():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.schema import Limits
@@ -13,6 +16,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STORES = ("sqlite", "postgres")
+NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Maker:
@@ -33,8 +47,9 @@ class Maker:
             journal.close()
 
 
-def sqlite(folder: Path) -> Callable[[], Any]:
-    return lambda: SqliteDatabase(str(folder / "ledger.sqlite3"))
+def sqlite(folder: Path, **settings: Any) -> Callable[[], Any]:
+    folder.mkdir(exist_ok=True)
+    return lambda: SqliteDatabase(str(folder / "ledger.sqlite3"), **settings)
 
 
 def postgres(uri: str, **names: str) -> Callable[[], Any]:
@@ -47,3 +62,14 @@ def postgres(uri: str, **names: str) -> Callable[[], Any]:
     place = Place(uri, **given, is_replicated=False)
     initialize(place)
     return lambda: PostgresDatabase(place)
+
+
+def emptied(uri: str, **names: str) -> Callable[[], Any]:
+    """The same for a database that another test or example has used."""
+    from imagewatch.journal.postgres.schema import SCHEMA, TABLES  # noqa: PLC0415  psycopg may be missing
+
+    new = postgres(uri, **names)
+    tables = [name for name in re.findall(r"CREATE TABLE (\w+)", TABLES) if name != "about"]
+    with contextlib.closing(new()) as database, database.using() as connection:
+        connection.execute(f"TRUNCATE {', '.join(f'{SCHEMA}.{name}' for name in tables)}")
+    return new

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from datetime import UTC, datetime
 
@@ -11,33 +10,17 @@ import pytest
 from imagewatch.config.schema import Limits
 from imagewatch.journal.books import NoBooks
 from imagewatch.journal.budget import Budget
-from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
-from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.protocol.values import Claim
+from journal.makers import NOON
 
-NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 HOUR = 3600.0
 
 
-class Clock:
-    def __init__(self, now: float = NOON) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def journal(tmp_path, clock):
-    with contextlib.closing(Journal(SqliteDatabase(str(tmp_path / "ledger.sqlite3")), Limits(), clock)) as made:
-        yield made
+def journal(make):
+    return make(Limits())
 
 
 class Purse:

@@ -3,62 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import sqlite3
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from imagewatch.config.schema import FolderBudget, Limits
 from imagewatch.journal.budget import folder_of, setting
-from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
-from imagewatch.journal.schema import TRIGGERS, VERSION
-from imagewatch.journal.sqlite import SqliteDatabase
-from imagewatch.protocol.values import Claim, Decision
+from imagewatch.protocol.values import Claim
+from journal.makers import NOON, STORES, Clock, Maker, postgres, sqlite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
+    from imagewatch.journal.journal import Journal
     from imagewatch.protocol.reasons import Reason
 
-NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 DAY = 86_400.0
 FLUX = Asked("flux", '["flux",null,null,null]', 1)
 ODD = os.fsdecode(b"ann\xe9")
-
-
-class Clock:
-    now = NOON
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def make(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Journal]]:
-    """Return a function that opens the same ledger once more, as another process would."""
-    with contextlib.ExitStack() as stack:
-
-        def opened(limits: Limits | None = None, **budgets: FolderBudget) -> Journal:
-            file = SqliteDatabase(str(tmp_path / "ledger.sqlite3"))
-            journal = Journal(file, limits or Limits(assumed_credits=30), clock, budgets=budgets)
-            return stack.enter_context(contextlib.closing(journal))
-
-        yield opened
 
 
 def claim(job: str, folder: str) -> Claim:
@@ -180,32 +153,6 @@ def test_a_budget_that_is_nearly_spent_has_one_event_in_its_period(make: Callabl
     assert caps()[3:] == [("budgets.anna.credits_per_day", 91.0, "2026-04-02")], "another cap"
 
 
-def test_a_job_without_a_budget_or_a_receiver_asks_the_journal_nothing_about_them(
-    make: Callable[..., Journal], clock: Clock
-) -> None:
-    said: list[str] = []
-
-    def statements(journal: Journal, job: str) -> list[str]:
-        """What one paid job makes SQLite do, without what its triggers do."""
-        with journal._file.using() as connection:
-            connection.set_trace_callback(said.append)
-        said.clear()
-        spend(journal, job, "anna")
-        pay(journal, job, "anna")
-        journal.decide(claim(job, "anna"), Decision(destination="outbox", facts={"charged": "yes"}), None)
-        journal.finish(job)
-        return [text for text in said if not text.startswith("--")]
-
-    plain = statements(make(), "a")
-    assert not [text for text in plain if "events" in text or "announced" in text or "folder_sums" in text]
-    other = make(bob=FolderBudget(credits_per_day=100, requests_per_minute=1))
-    assert len(statements(other, "b")) == len(plain), "a budget of another folder"
-    assert len(statements(make(anna=FolderBudget(credits_per_day=100)), "c")) > len(plain)
-    notified = make()
-    notified.events.configure(["url"])
-    assert any("INTO events" in text for text in statements(notified, "d"))
-
-
 def test_the_caps_for_all_and_the_budget_of_the_folder_both_count(make: Callable[..., Journal]) -> None:
     journal = make(Limits(assumed_credits=30, credits_per_day=60), anna=FolderBudget(credits_per_day=30))
     assert spend(journal, "a", "anna") is None
@@ -267,6 +214,7 @@ def test_the_name_of_a_setting_is_written_as_in_toml() -> None:
 # The sums
 
 FOLDERS = ["", "anna", "anna/deep", "anna b", "bob", "\u00e9", "e\u0301", ODD, "a%_/x"]
+NUMBERS = itertools.count()
 CHANGES = st.lists(
     st.tuples(
         st.integers(0, 4),
@@ -279,16 +227,27 @@ CHANGES = st.lists(
 )
 
 
-@settings(deadline=None)  # it writes a ledger
+@pytest.fixture(params=STORES)
+def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Callable[[], Any]]:
+    """What makes an empty store with a name."""
+    if request.param == "sqlite":
+        return lambda name: sqlite(tmp_path / name, synchronous="OFF")
+    uri = request.getfixturevalue("database")
+    return lambda name: postgres(uri, account=name)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
 def test_the_sums_of_a_folder_are_those_of_its_rows_whatever_happened(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, str, tuple[str, str], float | None, float]]
+    new_store: Callable[[str], Callable[[], Any]],
+    changes: list[tuple[int, str, tuple[str, str], float | None, float | None]],
 ) -> None:
-    path = str(tmp_path_factory.mktemp("ledger") / "ledger.sqlite3")
+    name = f"ledger{next(NUMBERS)}"
     rows: dict[str, Row] = {}
-    with contextlib.closing(Journal(SqliteDatabase(path, synchronous="OFF"), Limits(), Clock())) as journal:
+    with contextlib.closing(Maker(new_store(name), Clock())) as make:
+        journal = make(Limits())
         for number, folder, (outcome, charged), credits_, at in changes:
-            job = f"{number}-{FOLDERS.index(folder)}"
+            job = f"{name}-{number}-{FOLDERS.index(folder)}"
             made = row(job, folder, outcome=outcome, charged=charged, credits=credits_)
             rows[job] = replace(made, sent_at=at)
             journal.record(rows[job])
@@ -307,66 +266,3 @@ def test_the_sums_of_a_folder_are_those_of_its_rows_whatever_happened(
     assert {(one["folder"], one["day"]): [one["credits"], one["n"]] for one in found if one["credits"] or one["n"]} == {
         key: sums for key, sums in expected.items() if any(sums)
     }
-
-
-def as_format_4(path: str) -> None:
-    """Make a ledger what an earlier version wrote: without sums of folders."""
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        for name in ("sums_updated", "folder_sums_inserted", "folder_sums_updated", "attempts_updated"):
-            database.execute(f"DROP TRIGGER {name}")
-        added = TRIGGERS["sums_updated"].partition("BEGIN")[2]
-        counted = TRIGGERS["attempts_updated"].rpartition("END")[0]
-        database.execute(f"CREATE TRIGGER attempts_updated {counted} {added}")
-        database.execute("DROP TABLE folder_sums")
-        database.execute("PRAGMA user_version = 4")
-        database.commit()
-
-
-def contents(path: str) -> dict[str, Any]:
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        tables = ("attempts", "jobs", "sums", "folder_sums", "prices")
-        found: dict[str, Any] = {
-            name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3").fetchall() for name in tables
-        }
-        found["schema"] = database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2").fetchall()
-        found["version"] = database.execute("PRAGMA user_version").fetchone()
-    return found
-
-
-def test_a_ledger_of_format_4_is_updated_where_it_is_and_gets_the_sums_of_its_folders(
-    make: Callable[..., Journal], tmp_path: Path
-) -> None:
-    path = str(tmp_path / "ledger.sqlite3")
-    journal = make()
-    for number, folder in enumerate(("", "anna", "anna/deep", "bob", ODD)):
-        pay(journal, f"paid{number}", folder, NOON - number * DAY, 10.0 + number)
-    pay(journal, "unpriced", "anna", credits_=None)
-    journal.record(row("free", "anna", outcome="refused", charged="no"))
-    assert spend(journal, "in flight", "anna") is None
-    journal.close()
-    before = contents(path)
-    as_format_4(path)
-    updated = make(anna=FolderBudget(credits_per_month=100))
-    assert updated.budget().spent("anna")["budgets.anna.credits_per_month"][0] == 11 + 12 + 14
-    assert contents(path) == before
-    assert before["version"] == (VERSION,)
-    pay(updated, "later", "anna")
-    assert updated.budget().spent("anna")["budgets.anna.credits_per_month"][0] > 37
-
-
-def test_an_update_from_format_4_that_is_killed_is_done_by_the_next_start(
-    make: Callable[..., Journal], tmp_path: Path
-) -> None:
-    path = str(tmp_path / "ledger.sqlite3")
-    journal = make()
-    pay(journal, "a", "anna")
-    journal.close()
-    as_format_4(path)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("CREATE TABLE folder_sums (x)")  # what the update would make: it fails at it
-    with pytest.raises(Exception, match="folder_sums"):
-        make().ledger.rows()
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (4,)
-        database.execute("DROP TABLE folder_sums")
-    assert make().ledger.ask("SELECT folder, credits FROM folder_sums")[0]["credits"] == 30

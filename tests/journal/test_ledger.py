@@ -3,72 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import pytest
 
-from imagewatch.config.schema import Limits
-from imagewatch.journal.books import SqlBooks
-from imagewatch.journal.files import was_there
-from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
-from imagewatch.journal.schema import VERSION
-from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.errors import SpoolError
+from journal.makers import STORES, Maker, postgres, sqlite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
+    from imagewatch.journal.journal import Journal
+
 WRITER = """
-import sys
-from imagewatch.config.schema import Limits
-from imagewatch.journal.journal import Journal
+import pathlib, sys
 from imagewatch.journal.row import Row
-from imagewatch.journal.sqlite import SqliteDatabase
-journal = Journal(SqliteDatabase(sys.argv[1]), Limits(), lambda: 1.0)
+from journal.makers import Maker, postgres, sqlite
+store, place = sys.argv[1:]
+journal = Maker(sqlite(pathlib.Path(place)) if store == "sqlite" else postgres(place), lambda: 1.0)()
 for number in range(1, 100_000):
     journal.record(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
     print(number, flush=True)
 """
 
-UPGRADE = """
-import sys
-from imagewatch.config.schema import Limits
-from imagewatch.journal.journal import Journal
-from imagewatch.journal.sqlite import SqliteDatabase
-print("go", flush=True)
-Journal(SqliteDatabase(sys.argv[1]), Limits(), float).require()
-"""
+
+@pytest.fixture
+def journal(make: Callable[..., Journal]) -> Journal:
+    return make()
 
 
 def row(job: str = "a" * 16, attempt: int = 1, **fields: Any) -> Row:
     given = {"outcome": "completed", "charged": "yes", "credits": 5.0, "claimed_at": 1.0, **fields}
     return Row(job=job, attempt=attempt, source="cat.prompt.txt", **given)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "ledger.sqlite3")
-
-
-def opened(path: str) -> Journal:
-    journal = Journal(SqliteDatabase(path), Limits(), lambda: 1.0)
-    journal.require()
-    return journal
-
-
-@pytest.fixture
-def journal(path: str) -> Iterator[Journal]:
-    with contextlib.closing(opened(path)) as found:
-        yield found
 
 
 def test_a_row_is_read_as_it_was_written(journal: Journal) -> None:
@@ -107,14 +81,6 @@ def test_a_file_of_any_year_is_recorded_and_recognized(journal: Journal, mtime_n
     assert journal.ledger.finished("b" * 16, written.source, 5, 0) == []
 
 
-def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(journal: Journal) -> None:
-    far = Journal(SqliteDatabase(journal._file.path), Limits(), lambda: 2**64)
-    with contextlib.closing(far), pytest.raises(SpoolError, match="too large for the ledger") as caught:
-        far.finish("a" * 16)
-    assert caught.value.code == 0  # for any other error the queue is on hold until the disk works
-    assert journal.ledger.redelivered() == 0
-
-
 @pytest.mark.parametrize("wrong", [{"outcome": "guessed"}, {"charged": "maybe"}])
 def test_outcomes_that_the_ledger_does_not_define_are_refused(journal: Journal, wrong: dict[str, str]) -> None:
     with pytest.raises(SpoolError):
@@ -122,11 +88,10 @@ def test_outcomes_that_the_ledger_does_not_define_are_refused(journal: Journal, 
     assert journal.ledger.rows() == []
 
 
-def test_written_rows_are_there_at_the_next_start(path: str) -> None:
-    with contextlib.closing(opened(path)) as first:
+def test_written_rows_are_there_at_the_next_start(make: Callable[..., Journal]) -> None:
+    with contextlib.closing(make()) as first:
         first.record(row())
-    with contextlib.closing(opened(path)) as second:
-        assert len(second.ledger.rows()) == 1
+    assert len(make().ledger.rows()) == 1
 
 
 def test_several_threads_can_write_at_the_same_time(journal: Journal) -> None:
@@ -142,317 +107,22 @@ def test_several_threads_can_write_at_the_same_time(journal: Journal) -> None:
     assert len(journal.ledger.rows()) == 100
 
 
-def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("name", STORES)
+def test_a_killed_process_loses_no_row_it_had_written(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str
+) -> None:
+    place = str(tmp_path) if name == "sqlite" else request.getfixturevalue("database")
+    new = sqlite(tmp_path) if name == "sqlite" else postgres(place)
+    command = [sys.executable, "-c", WRITER, name, place]
+    environ = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
         assert process.stdout is not None
         for _ in range(50):
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         printed = 50 + len(process.stdout.read().split())
-    with contextlib.closing(opened(path)) as journal:
-        attempts = [found["attempt"] for found in journal.ledger.rows()]
+    with contextlib.closing(Maker(new, lambda: 1.0)) as make:
+        attempts = [found["attempt"] for found in make().ledger.rows()]
         assert attempts == list(range(1, len(attempts) + 1))
         assert len(attempts) >= printed - 1  # of the last number perhaps only some digits were printed
-        journal.record(row(job="b" * 16))
-
-
-def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
-    opened(path).close()
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute(f"PRAGMA user_version = {VERSION + 1}")
-    with pytest.raises(SpoolError, match="newer imagewatch") as caught:
-        opened(path)
-    assert caught.value.hint == "run the newer version"
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (VERSION + 1,)
-
-
-def test_a_file_that_is_not_a_ledger_is_refused_and_kept(path: str) -> None:
-    content = b"this is not a database, but a person may need it " * 100
-    with open(path, "wb") as file:
-        file.write(content)
-    with pytest.raises(SpoolError, match="it is damaged") as caught:
-        opened(path)
-    assert "do not delete it" in caught.value.hint
-    with open(path, "rb") as file:
-        assert file.read() == content
-
-
-def test_a_damaged_page_is_noticed_when_it_is_read(path: str) -> None:
-    with contextlib.closing(opened(path)) as journal:
-        for number in range(1, 400):
-            journal.record(row(attempt=number, message="x" * 100))
-    with open(path, "r+b") as file:
-        file.seek(4096)
-        file.write(b"\xff" * 4096 * 8)
-    with pytest.raises(SpoolError), contextlib.closing(opened(path)) as journal:
-        journal.ledger.rows()
-
-
-def test_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
-    with pytest.raises(SpoolError):
-        opened(str(tmp_path / "missing" / "ledger.sqlite3"))
-
-
-# Ledgers of older versions
-
-FORMAT_1 = """
-CREATE TABLE IF NOT EXISTS attempts (
-    job             TEXT NOT NULL,
-    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
-    source          TEXT NOT NULL,      -- path of the prompt below the inbox
-    source_size     INTEGER NOT NULL,   -- bytes
-    source_mtime_ns INTEGER NOT NULL,
-    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
-    prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unknown', 'invalid')),
-    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
-    credits         REAL,               -- NULL: not said
-    provider        TEXT NOT NULL,
-    model           TEXT NOT NULL,
-    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
-    asked           INTEGER NOT NULL,
-    got             INTEGER NOT NULL,
-    status          INTEGER NOT NULL,   -- HTTP, 0: no answer
-    code            TEXT NOT NULL,
-    message         TEXT NOT NULL,
-    request_id      TEXT NOT NULL,
-    endpoint        TEXT NOT NULL,
-    version         TEXT NOT NULL,
-    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
-    sent_at         REAL,
-    answered_at     REAL,
-    PRIMARY KEY (job, attempt)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
-CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
-CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
-CREATE TABLE IF NOT EXISTS redeliveries (
-    job     TEXT PRIMARY KEY,           -- the finished job whose files came again
-    times   INTEGER NOT NULL,
-    last_at REAL NOT NULL               -- seconds since the epoch, UTC
-) WITHOUT ROWID;
-"""
-
-
-FORMAT_3 = """
-CREATE TABLE IF NOT EXISTS meta (
-    name  TEXT PRIMARY KEY,             -- id: of this ledger; proved: written to see whether rows can be
-    value TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS attempts (
-    job             TEXT NOT NULL,
-    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
-    source          TEXT NOT NULL,      -- path of the prompt below the inbox
-    source_size     INTEGER NOT NULL,   -- bytes
-    source_mtime_ns INTEGER NOT NULL,
-    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where it is not needed
-    prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    -- sent: its result is not known yet
-    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'completed', 'refused', 'busy', 'unknown', 'invalid')),
-    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
-    credits         REAL,               -- NULL: not reported
-    provider        TEXT NOT NULL,
-    model           TEXT NOT NULL,
-    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
-    asked           INTEGER NOT NULL,
-    got             INTEGER NOT NULL,
-    status          INTEGER NOT NULL,   -- HTTP, 0: no response
-    code            TEXT NOT NULL,
-    message         TEXT NOT NULL,
-    request_id      TEXT NOT NULL,
-    endpoint        TEXT NOT NULL,
-    version         TEXT NOT NULL,
-    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
-    sent_at         REAL,
-    answered_at     REAL,
-    asked_provider  TEXT NOT NULL DEFAULT '',  -- of the request; the response may name another
-    price_kind      TEXT NOT NULL DEFAULT '',  -- equal for requests whose images cost the same; empty: not known
-    transaction_id  TEXT NOT NULL DEFAULT '',  -- of the response's billing
-    new_credit_balance REAL,                   -- the same: balance of the account; NULL: not reported
-    owner           TEXT NOT NULL DEFAULT '',  -- user to whom the prompt file belonged
-    placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
-    PRIMARY KEY (job, attempt)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
-CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
-CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
-CREATE TABLE IF NOT EXISTS redeliveries (
-    job     TEXT PRIMARY KEY,           -- the finished job whose files were delivered again
-    times   INTEGER NOT NULL,
-    last_at REAL NOT NULL               -- seconds since the epoch, UTC
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
-CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
-"""
-
-
-@pytest.fixture
-def old(path: str) -> str:
-    """A ledger of format 1, with rows of all kinds."""
-    fields = '{"provider": "openai", "quality": "low", "n": 2}'
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.executescript(FORMAT_1)
-        database.execute("PRAGMA user_version = 1")
-        for job, provider, asked, credits_, outcome in (
-            ("a" * 16, "openai", fields, 24.0, "made"),
-            ("b" * 16, "flux", "", 30.0, "made"),
-            ("c" * 16, "google", '{"provider": "gemini"}', 134.0, "made"),
-            ("d" * 16, "flux", "{damaged", 31.0, "made"),
-            ("e" * 16, "", "", None, "invalid"),
-        ):
-            charged = "yes" if credits_ else "no"
-            database.execute(
-                "INSERT INTO attempts VALUES (?, 1, 's', 1, 1, '', '', ?, ?, ?, ?, 'm', ?, 2, 1, 200, "
-                "'', '', '', '', '', 1.0, 2.0, 3.0)",
-                (job, outcome, charged, credits_, provider, asked),
-            )
-        database.commit()
-    return path
-
-
-def test_a_ledger_of_format_1_is_upgraded_and_keeps_every_row(old: str) -> None:
-    with contextlib.closing(opened(old)) as journal:
-        rows = journal.ledger.rows()
-        assert [found["job"][0] for found in rows] == ["a", "b", "c", "d", "e"]
-        assert {name for found in rows for name in found} == set(Row.__struct_fields__)
-        assert {(found["transaction_id"], found["new_credit_balance"], found["owner"]) for found in rows} == {
-            ("", None, "")
-        }
-        assert journal.ledger.totals()["credits"] == 219
-        assert sorted(SqlBooks(journal.ledger.ask).charges("flux", 0.0)[""]) == [15, 15.5]
-        assert [*SqlBooks(journal.ledger.ask).charges("openai", 0.0).values()] == [[12]]
-        assert [*SqlBooks(journal.ledger.ask).charges("gemini", 0.0).values()] == [[67]]
-        journal.record(row(job="f" * 16, new_credit_balance=5.0, answered_at=9.0))
-        assert journal.ledger.balance() == (5, 9)
-    with contextlib.closing(opened(old)) as again:
-        assert len(again.ledger.rows()) == 6
-
-
-def test_an_upgrade_renames_the_outcome_of_earlier_formats(old: str) -> None:
-    with contextlib.closing(opened(old)) as journal:
-        assert [found["outcome"] for found in journal.ledger.rows()] == ["completed"] * 4 + ["invalid"]
-        assert journal.ledger.totals()["completed"] == 4
-
-
-def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
-    def indexes() -> set[str]:
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
-
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript(FORMAT_3.replace("'completed'", "'made'"))
-        database.execute("PRAGMA user_version = 2")
-        known = {name for _, name, *_ in database.execute("PRAGMA table_info(attempts)")}
-        values = {name: value for name, value in msgspec.structs.asdict(row()).items() if name in known}
-        values["outcome"], names = "made", ", ".join(values)
-        marks = ", ".join("?" * len(values))
-        database.execute(f"INSERT INTO attempts ({names}) VALUES ({marks})", [*values.values()])
-        database.commit()
-    with contextlib.closing(opened(path)) as journal:
-        assert [(found["job"], found["outcome"], found["credits"]) for found in journal.ledger.rows()] == [
-            (row().job, "completed", row().credits)
-        ]
-        journal.record(row(job="b" * 16))
-    found = indexes()
-    path += ".new"
-    opened(path).close()
-    assert found == indexes()
-
-
-def test_an_attempt_that_only_a_ledger_of_format_2_recorded_is_still_known_as_lost(path: str) -> None:
-    with contextlib.closing(opened(path)) as journal:
-        journal.record(row(outcome="unknown"))
-        assert not journal.ledger.is_lost(row().job)
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        message = "nothing but the ledger knows of this request; it may have been charged"
-        database.execute("UPDATE attempts SET message = ?", [message])
-        database.execute("PRAGMA user_version = 2")
-        database.commit()
-    with contextlib.closing(opened(path)) as journal:
-        assert journal.ledger.is_lost(row().job)
-
-
-def test_several_processes_can_upgrade_a_ledger_at_the_same_time(old: str) -> None:
-    processes = [subprocess.Popen([sys.executable, "-c", UPGRADE, old]) for _ in range(4)]
-    assert [process.wait(60) for process in processes] == [0] * 4
-    with contextlib.closing(opened(old)) as journal:
-        assert len(journal.ledger.rows()) == 5
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"month": {"\udcff": 1}}', '{"month": {"completed": "\udcff"}}'])
-def test_a_damaged_status_file_names_no_ledger(tmp_path: pathlib.Path, content: str) -> None:
-    (tmp_path / "status.json").write_text(content, "utf-8", "surrogateescape")
-    assert not was_there(str(tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.2, 0.25])
-def test_a_ledger_whose_upgrade_was_killed_is_upgraded_by_the_next_start(old: str, seconds: float) -> None:
-    with contextlib.closing(sqlite3.connect(old)) as database:
-        database.executescript(
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) "
-            "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', "
-            "'', 1, 1, 200, '', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
-        )
-    with subprocess.Popen([sys.executable, "-c", UPGRADE, old], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        process.kill()
-    with contextlib.closing(opened(old)) as journal:
-        assert len(SqlBooks(journal.ledger.ask).charges("flux", 0.0)[""]) == 30_002
-        assert journal.ledger.balance() is None
-
-
-def test_an_old_daemon_that_still_runs_can_write_to_an_upgraded_ledger(old: str) -> None:
-    opened(old).close()
-    names = "job, attempt, source, source_size, source_mtime_ns, contents, prompt_sha256, outcome, charged, credits, "
-    names += "provider, model, fields, asked, got, status, code, message, request_id, endpoint, version, claimed_at"
-    with contextlib.closing(sqlite3.connect(old)) as database:
-        database.execute(
-            f"INSERT INTO attempts ({names}) VALUES "
-            "('z', 1, 's', 1, 1, '', '', 'completed', 'yes', 1.0, 'flux', 'm', '', 1, 1, 200, '', '', '', '', '', 1.0)"
-        )
-        database.commit()
-    with contextlib.closing(opened(old)) as journal:
-        assert journal.ledger.totals()["credits"] == 220
-
-
-def test_a_result_is_in_the_file_that_replaced_the_ledger_while_it_was_written(path: str) -> None:
-    with contextlib.closing(SqliteDatabase(path, guarded=True)) as database:
-        database.change(lambda connection: connection.execute("INSERT INTO redeliveries VALUES ('a', 1, 0.0)"))
-        with (
-            contextlib.closing(sqlite3.connect(path)) as one,
-            contextlib.closing(sqlite3.connect(f"{path}-copy")) as to,
-        ):
-            one.backup(to)
-
-        def count(connection: sqlite3.Connection) -> None:
-            connection.execute("UPDATE redeliveries SET times = 2")
-            with contextlib.suppress(FileNotFoundError):
-                pathlib.Path(f"{path}-copy").rename(path)
-
-        database.change(count)
-    with contextlib.closing(sqlite3.connect(path)) as found:
-        assert found.execute("SELECT times FROM redeliveries").fetchall() == [(2,)]
-
-
-def test_a_ledger_of_format_4_is_upgraded_and_counts_nothing_twice(path: str) -> None:
-    def sums() -> list[tuple[object, ...]]:
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            return database.execute("SELECT * FROM sums").fetchall()
-
-    with contextlib.closing(opened(path)) as journal:
-        journal.record(row(outcome="completed", charged="yes", credits=30.0, sent_at=1.0))
-    before = sums()
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript("DROP TABLE events; DROP TABLE announced; PRAGMA user_version = 4;")
-    with contextlib.closing(opened(path)) as journal:
-        assert sums() == before != []
-        journal.events.configure(["url"])
-        assert journal.events.counts().pending == 0
-        journal.record(row(job="c" * 16, outcome="completed", charged="yes", credits=12.0, sent_at=1.0))
-    assert sum(float(str(one[3])) for one in sums()) == 42
+        make().record(row(job="b" * 16))

@@ -16,7 +16,7 @@ import psycopg
 
 from imagewatch import __version__
 from imagewatch.journal.postgres.checks import pooler, require_usable, unusable
-from imagewatch.journal.postgres.faults import AGAIN, not_answering, replaced, text_of, translated, uncertain
+from imagewatch.journal.postgres.faults import AGAIN, lacking, not_answering, replaced, text_of, translated, uncertain
 from imagewatch.journal.postgres.presence import Presence
 from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
 from imagewatch.system.errors import AlreadyRunning, SpoolError
@@ -30,19 +30,27 @@ if TYPE_CHECKING:
 
 _PATIENCE = ANSWER_SECONDS + 5.0
 """How long a thread waits for what it wants to be written, seconds."""
+_CLOSE_SECONDS = 3.0
+"""How long the end of a daemon waits for what is being written, seconds: a database that hangs must not delay it."""
+_REST = 2.0
+"""After an attempt to reach the database that took some time, none is made for so many times as long."""
 _TRIES = 5
 """How often a transaction is run again that the server has undone because of another one."""
 _READ_TIMEOUT = {"statement_timeout": f"{ANSWER_SECONDS}s"}
 _LOCK = """
-    SELECT i.incarnation FROM imagewatch.accounts AS a
+    SELECT i.incarnation, i.recorded, extract(epoch FROM clock_timestamp())::float8 AS at FROM imagewatch.accounts AS a
     LEFT JOIN imagewatch.instances AS i ON i.account = a.name AND i.name = current_setting('imagewatch.instance')
     WHERE a.name = current_setting('imagewatch.account') FOR UPDATE OF a"""
 _ACCOUNT = (
     "INSERT INTO imagewatch.accounts (name) VALUES (current_setting('imagewatch.account')) ON CONFLICT DO NOTHING"
 )
 
+_SELF = """
+    SELECT extract(epoch FROM clock_timestamp())::float8 AS at, pid, extract(epoch FROM backend_start)::float8 AS began
+    FROM pg_stat_activity WHERE pid = pg_backend_pid()"""
+_IS_THERE = "SELECT 1 FROM pg_stat_activity WHERE pid = ? AND extract(epoch FROM backend_start)::float8 = ?"
 _KNOWN = """
-    SELECT host, folder, place, CASE WHEN ended_at IS NULL
+    SELECT host, folder, place, recorded, CASE WHEN ended_at IS NULL
         THEN extract(epoch FROM clock_timestamp())::float8 - seen_at ELSE 1e9 END AS seconds
     FROM imagewatch.instances WHERE name = ? AND account = ?"""
 _REGISTER = """
@@ -53,6 +61,9 @@ _REGISTER = """
         place = excluded.place, version = excluded.version, incarnation = i.incarnation + 1,
         started_at = excluded.started_at, seen_at = excluded.seen_at, ended_at = NULL
     RETURNING incarnation"""
+_RECORDED = """
+    SELECT recorded FROM imagewatch.instances
+    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')"""
 _ENDED = """
     UPDATE imagewatch.instances SET ended_at = extract(epoch FROM clock_timestamp())
     WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
@@ -103,6 +114,8 @@ class PostgresDatabase:
         self._read_lock = threading.RLock()
         self._reader: Session | None = None
         self._writer: Session | None = None
+        self._writer_id: tuple[int, float] = (0, 0.0)  # process in the server, and its start
+        self._unreachable: tuple[float, psycopg.Error] | None = None  # until when, monotonic time, and why
         self._state = threading.Condition()
         self._waiting: list[_Change] = []
         self._thread: threading.Thread | None = None
@@ -111,6 +124,8 @@ class PostgresDatabase:
         self._offset: float | None = None
         self._lease = 60.0
         self._presence: Presence | None = None
+        self._recorded = 0
+        self._note: Callable[[int], object] = lambda _: None
 
     def clock(self) -> float:
         """Return the time of the database's clock, seconds since the epoch; this host's before it was asked."""
@@ -126,26 +141,47 @@ class PostgresDatabase:
             DatabaseError: The database cannot be used; the message says why.
         """
         with self._read_lock:
+            began = time.monotonic()
             try:
                 if self._reader is None:
-                    self._reader = self._connect("reader", _READ_TIMEOUT)
+                    self._reader, _ = self._connect("reader", _READ_TIMEOUT)
                 yield self._reader
             except psycopg.Error as error:
                 self._close_reader()
+                self._note_unreachable(began, error)
                 raise translated(error) from error
 
-    def _connect(self, name: str, settings: dict[str, str]) -> Session:
-        session = Session(self.place, name, settings)
+    def _connect(self, name: str, settings: dict[str, str]) -> tuple[Session, tuple[int, float]]:
+        """Return a connection, and the process in the server that serves it with the time of its start."""
+        if self._unreachable is not None and time.monotonic() < self._unreachable[0]:
+            raise translated(self._unreachable[1])
+        began = time.monotonic()
+        try:
+            session = Session(self.place, name, settings)
+        except psycopg.Error as error:
+            self._note_unreachable(began, error)
+            raise
         try:
             require_usable(session, is_replicated=self.place.is_replicated)
             session.execute(_ACCOUNT)
-            at = session.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS at").fetchone()
-            assert at is not None
-            self._offset = at["at"] - time.clock_gettime(time.CLOCK_BOOTTIME)
+            own = session.execute(_SELF).fetchone()
+            assert own is not None
+            self._set_clock(own["at"])
         except BaseException:
             session.close()
             raise
-        return session
+        return session, (own["pid"], own["began"])
+
+    def _note_unreachable(self, began: float, error: psycopg.Error) -> None:
+        """Note that the database was out of reach; else each thread and each question would wait for it again.
+
+        Args:
+            began: When it was first waited for, monotonic time.
+            error: What came of it.
+        """
+        if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:  # else the server has answered
+            now = time.monotonic()
+            self._unreachable = now + _REST * (now - began), error
 
     def _close_reader(self) -> None:
         reader, self._reader = self._reader, None
@@ -227,7 +263,7 @@ class PostgresDatabase:
 
     def _try_to_write(self, changes: list[_Change]) -> None:
         if self._writer is None or self._writer.raw.closed:
-            self._writer = self._connect("writer", {})
+            self._writer, self._writer_id = self._connect("writer", {})
         writer = self._writer
         with writer.transaction(commit=lambda: self._commit(writer)):
             if not any(change.synced for change in changes):
@@ -236,16 +272,36 @@ class PostgresDatabase:
                 self._lock(writer)
             for change in changes:
                 _apply(writer, change)
+            recorded = self._count(writer) if any(change.locked and change.synced for change in changes) else 0
+        if recorded > self._recorded:
+            self._recorded = recorded
+            self._note(recorded)
 
     def _lock(self, writer: Session) -> None:
-        """Let no other daemon of the account spend meanwhile, and make sure that this one still has its name."""
-        found = writer.execute(_LOCK).fetchone()
-        if self.incarnation and (found is None or found["incarnation"] != self.incarnation):
-            raise replaced()
+        """Let no other daemon of the account spend meanwhile.
 
-    @staticmethod
-    def _commit(writer: Session) -> None:
-        """Commit.
+        Raises:
+            DatabaseError: This daemon does not have its name any more, or the database lacks what it has recorded.
+        """
+        found = writer.execute(_LOCK).fetchone()
+        if not self.incarnation:
+            return
+        if found is None or (found["recorded"] or 0) < self._recorded:
+            raise lacking()
+        if found["incarnation"] != self.incarnation:
+            raise replaced()
+        self._set_clock(found["at"])
+
+    def _count(self, writer: Session) -> int:
+        """Return how many attempts of this daemon are recorded, those of the transaction included."""
+        found = writer.execute(_RECORDED).fetchone() if self.incarnation else None
+        return int(found["recorded"]) if found else 0
+
+    def _set_clock(self, at: float) -> None:
+        self._offset = at - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def _commit(self, writer: Session) -> None:
+        """Commit. It may take as long as the server needs: to wait no longer would not undo it.
 
         Raises:
             UncertainError: It is not known whether it was committed, or whether it is durable.
@@ -253,13 +309,29 @@ class PostgresDatabase:
         """
         writer.warnings.clear()
         try:
-            writer.commit()
+            writer.commit(self._require_committing)
         except (*AGAIN, psycopg.IntegrityError, psycopg.errors.InFailedSqlTransaction):
             raise
         except psycopg.Error as error:
             raise uncertain(text_of(error)) from error
         if writer.warnings:  # a canceled wait for the standby is reported as a success with a warning
             raise uncertain(writer.warnings[-1])
+
+    def _require_committing(self) -> None:
+        """Make sure that there is a server that can answer a COMMIT, if one can be reached.
+
+        Another server may have taken the place of one that hangs, whose side of the network is still open.
+
+        Raises:
+            psycopg.Error: There is none.
+        """
+        try:
+            with contextlib.closing(Session(self.place, "check", _READ_TIMEOUT)) as session:
+                found = session.execute(_IS_THERE, self._writer_id).fetchone()
+        except psycopg.Error:
+            return  # the database is out of reach
+        if found is None:
+            raise psycopg.OperationalError("the server that was to commit has been replaced")
 
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
@@ -279,27 +351,42 @@ class PostgresDatabase:
             for why, hint in pooler(*sessions):
                 raise unusable(why, hint)
 
-    def require_own(self, place: str, alive_seconds: float) -> None:
-        """Make sure that no daemon with another state folder has the name of this one.
+    def require_own(self, place: str, alive_seconds: float, *, recorded: int = 0) -> None:
+        """Make sure that no daemon with another state folder has the name of this one, and that no request is missing.
 
         Args:
             place: Random, of the state folder of this one.
             alive_seconds: As of ``register``.
+            recorded: As of ``register``.
 
         Raises:
-            SpoolError: One has.
+            SpoolError: One has, or the database lacks what the daemon has recorded.
         """
         with self.using() as connection:
-            self._require_own(connection, place, alive_seconds)
+            self._require_own(connection, place, alive_seconds, recorded)
 
-    def _require_own(self, connection: Connection, place: str, alive_seconds: float, *, replaces: bool = False) -> None:
-        known = connection.execute(_KNOWN, (self.place.instance, self.place.account)).fetchone()
+    def _require_own(self, connection: Connection, place: str, alive_seconds: float, recorded: int) -> None:
+        known = self._known(connection)
         if known is not None and known["place"] != place:
-            is_running = known["seconds"] < alive_seconds
-            if is_running or not replaces:
-                raise _taken(known, self.place.instance, is_running=is_running)
+            raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
+        if recorded > (known["recorded"] if known else 0):
+            raise lacking()
 
-    def register(self, host: str, folder: str, place: str, alive_seconds: float, *, replaces: bool = False) -> None:
+    def _known(self, connection: Connection) -> Row | None:
+        found: Row | None = connection.execute(_KNOWN, (self.place.instance, self.place.account)).fetchone()
+        return found
+
+    def register(
+        self,
+        host: str,
+        folder: str,
+        place: str,
+        alive_seconds: float,
+        *,
+        replaces: bool = False,
+        recorded: int = 0,
+        note: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Note that a daemon starts; from now on an earlier one with this name sends nothing any more.
 
         Args:
@@ -308,20 +395,25 @@ class PostgresDatabase:
             place: Random, of its state folder.
             alive_seconds: How long after it was seen last another daemon counts as running.
             replaces: Whether its state folder takes the place of a lost one.
+            recorded: How many attempts it has recorded at least.
+            note: Called with that number after each commit that has changed it.
 
         Raises:
             AlreadyRunning: A daemon with another state folder has this name.
-            DatabaseError: The database cannot be used.
+            DatabaseError: The database cannot be used, or lacks what the daemon has recorded.
         """
 
         def act(connection: Connection) -> int:
-            self._require_own(connection, place, alive_seconds, replaces=replaces)
+            known = self._known(connection)
+            is_running = known is not None and known["place"] != place and known["seconds"] < alive_seconds
+            if is_running or not replaces:
+                self._require_own(connection, place, alive_seconds, recorded)
             given = self.place.instance, self.place.inbox, host, folder, place, __version__
             return int(connection.execute(_REGISTER, given).fetchone()["incarnation"])
 
         self.incarnation = 0
         self.incarnation = self.change(act, locked=True)
-        self._lease = alive_seconds
+        self._lease, self._recorded, self._note = alive_seconds, recorded, note
 
     def watch(self, page: Callable[[], str], on_change: Callable[[], object]) -> None:
         """Let others see that the daemon runs, and report when something of the account may have changed.
@@ -358,6 +450,8 @@ class PostgresDatabase:
         Raises:
             DatabaseError: It cannot be used.
         """
+        self._recorded = 0  # it may be an older copy
+        self._note(0)
         self.prove()
 
     def close(self) -> None:
@@ -369,7 +463,7 @@ class PostgresDatabase:
             thread = self._thread
             self._state.notify_all()
         if thread is not None:
-            thread.join(self._patience)
+            thread.join(_CLOSE_SECONDS)
         with self._read_lock:
             self._close_reader()
 

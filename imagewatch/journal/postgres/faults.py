@@ -67,6 +67,16 @@ def replaced() -> DatabaseError:
     return DatabaseError(message, code=errno.EIO, hint=hint)
 
 
+def lacking() -> DatabaseError:
+    """Return the error for a database that lacks attempts of this daemon."""
+    message = (
+        "the shared database lacks the newest requests of this daemon: it was restored from a backup, or a standby "
+        "without them has taken over"
+    )
+    hint = "put the newer database back; or accept this one: imagewatch release --accept-new-ledger"
+    return DatabaseError(message, code=errno.ESTALE, hint=hint)
+
+
 def text_of(error: psycopg.Error) -> str:
     """Return the message of an error in one line."""
     return _text(error)

@@ -54,6 +54,7 @@ CREATE TABLE instances (
     started_at  DOUBLE PRECISION NOT NULL,
     seen_at     DOUBLE PRECISION NOT NULL,
     ended_at    DOUBLE PRECISION,       -- when it was stopped; NULL while it runs, and after a kill
+    recorded    BIGINT NOT NULL DEFAULT 0,  -- how often its attempts were inserted; it never becomes less
     status      TEXT NOT NULL DEFAULT '',  -- JSON: what status --all shows of it
     PRIMARY KEY (account, name)
 );
@@ -136,9 +137,10 @@ CREATE TABLE holds ({_OWNED},
     kind    TEXT NOT NULL,
     message TEXT NOT NULL,
     since   DOUBLE PRECISION NOT NULL,
-    prober  TEXT NOT NULL DEFAULT '',   -- the instance that may send a request as a probe
-    probe_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0,
+    seconds DOUBLE PRECISION NOT NULL DEFAULT 0,  -- from the last refusal to the next probe
     next_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- of the next probe
+    prober  TEXT NOT NULL DEFAULT '',   -- the job that is sent as a probe; these four only of the account's holds
+    probe_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- then another may be sent, whatever became of it
     PRIMARY KEY (account, scope, kind)
 );
 CREATE TABLE requests ({_OWNED},
@@ -215,7 +217,10 @@ _SCOPES: Final = {
     "announced": f"{_OF_ACCOUNT} AND scope IN ('', {_INSTANCE})",
 }
 """Which rows of a table a daemon sees."""
-_DAY = "coalesce(to_char(to_timestamp(r.sent_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD'), '9999-12-31')"
+_DAY = (
+    "CASE WHEN r.sent_at >= -62135596800 AND r.sent_at < 253402300800 "  # of the years 1 to 9999
+    "THEN to_char(to_timestamp(r.sent_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD') ELSE '9999-12-31' END"
+)
 _UNKNOWN = "CASE WHEN r.credits IS NULL THEN sign * greatest(r.asked, 1) ELSE 0 END"
 FUNCTIONS: Final = f"""
 CREATE FUNCTION scope_of_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -269,6 +274,11 @@ CREATE FUNCTION notify_account() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 END $$;
 CREATE TRIGGER notified AFTER INSERT OR UPDATE OR DELETE ON holds FOR EACH ROW EXECUTE FUNCTION notify_account();
 CREATE TRIGGER notified AFTER INSERT ON requests FOR EACH ROW EXECUTE FUNCTION notify_account();
+CREATE FUNCTION count_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    UPDATE {SCHEMA}.instances SET recorded = recorded + 1 WHERE account = NEW.account AND name = NEW.instance;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER counted AFTER INSERT ON attempts FOR EACH ROW EXECUTE FUNCTION count_attempts();
 CREATE FUNCTION keep_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     RAISE EXCEPTION 'an attempt is never deleted: it is what keeps a request from being sent again';
 END $$;

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import conninfo
@@ -18,15 +20,21 @@ from imagewatch.system.text import whole
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from psycopg.abc import Buffer, QueryNoTemplate
+    from psycopg.abc import Buffer, PQGen, QueryNoTemplate
 
     from imagewatch.journal.postgres.place import Place
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5
 """How long a connection may take to be made."""
 ANSWER_SECONDS = 10
 """How long the server may leave what was sent to it without an answer, before the connection counts as lost."""
+_SILENT_SECONDS = ANSWER_SECONDS + 2.0
+"""How long a statement may take, seconds. Where the server's time limits do not help, as it hangs, this one does."""
 _LOCK_SECONDS = 5
+_MOST = 1e300
+"""What is larger is stored as this: a sum beyond the largest number would be an error."""
 _SETTINGS = {
     "search_path": VIEWS,
     "lock_timeout": f"{_LOCK_SECONDS}s",
@@ -90,8 +98,46 @@ def spelt(question: str) -> tuple[str, tuple[int, ...] | None]:
 
 
 def _storable(value: object) -> object:
-    """Return a value that PostgreSQL accepts: no NUL, and no bytes that were never text."""
-    return whole(value).replace("\0", "\ufffd") if isinstance(value, str) else value
+    """Return a value that PostgreSQL accepts and can sum up: no NUL, no bytes that were never text, no huge number."""
+    if isinstance(value, str):
+        return whole(value).replace("\0", "\ufffd")
+    if isinstance(value, float) and not -_MOST < value < _MOST:
+        return None if math.isnan(value) else math.copysign(_MOST, value)
+    return value
+
+
+class _Connection(psycopg.Connection[Found]):
+    """A connection on which no statement waits forever: a server that hangs still has its side of the network open.
+
+    Attributes:
+        on_silence: Called after each ``_SILENT_SECONDS`` without an answer; it raises an error to wait no longer.
+    """
+
+    on_silence: Callable[[], object] | None = None
+
+    def wait(self, gen: PQGen[T], *given: Any, **options: Any) -> T:  # noqa: ANN401  they differ between versions
+        """Run what psycopg does with the network; see there."""
+        return super().wait(self._limited(gen), *given, **options)
+
+    def _limited(self, gen: PQGen[T]) -> PQGen[T]:
+        due, state = time.monotonic() + _SILENT_SECONDS, next(gen)
+        while True:
+            ready = yield state
+            if not ready and time.monotonic() >= due:
+                self._silent()
+                due = time.monotonic() + _SILENT_SECONDS
+            try:
+                state = gen.send(ready)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+
+    def _silent(self) -> None:
+        if self.on_silence is not None:
+            self.on_silence()
+            return
+        self.pgconn.finish()  # it may answer later, and would answer something else
+        raise psycopg.OperationalError(f"the server has not answered for {_SILENT_SECONDS:.0f} seconds")
 
 
 class Session:
@@ -113,7 +159,7 @@ class Session:
         parameters |= {**place.parameters, "target_session_attrs": "read-write"}
         parameters["application_name"] = f"imagewatch {name} {place.instance}"[:63]
         text = conninfo.make_conninfo("", **parameters)
-        self._connection: psycopg.Connection[Found] = psycopg.Connection.connect(
+        self._connection = _Connection.connect(
             text, autocommit=True, cursor_factory=psycopg.RawCursor, row_factory=_rows
         )
         self._connection.add_notice_handler(self._note)
@@ -158,13 +204,21 @@ class Session:
             raise
         (commit or self.commit)()
 
-    def commit(self) -> None:
+    def commit(self, on_silence: Callable[[], object] | None = None) -> None:
         """End the transaction.
+
+        Args:
+            on_silence: Called from time to time while the server does not answer; it raises an error to wait no
+                longer.
 
         Raises:
             psycopg.Error: It was undone, or it is not known whether it was.
         """
-        status = self.execute("COMMIT").statusmessage
+        self._connection.on_silence = on_silence
+        try:
+            status = self.execute("COMMIT").statusmessage
+        finally:
+            self._connection.on_silence = None
         if status != "COMMIT":
             raise psycopg.errors.InFailedSqlTransaction(f"the server undid the transaction ({status})")
 

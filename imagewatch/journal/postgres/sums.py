@@ -28,8 +28,9 @@ _COUNTED: Final = (
     "sent_at IS NOT NULL AND charged IN ('yes', 'unknown') AND outcome IN ('completed', 'unknown', 'refused')"
 )
 _FROM_ATTEMPTS: Final = """
-    SELECT {0}to_char(to_timestamp(sent_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day, asked_provider AS provider,
-    price_kind, sum(coalesce(credits, 0)) AS credits,
+    SELECT {0}CASE WHEN sent_at >= -62135596800 AND sent_at < 253402300800
+    THEN to_char(to_timestamp(sent_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD') ELSE '9999-12-31' END AS day,
+    asked_provider AS provider, price_kind, sum(coalesce(credits, 0)) AS credits,
     sum(CASE WHEN credits IS NULL THEN greatest(asked, 1) ELSE 0 END) AS unknown FROM {1} WHERE {2} GROUP BY {3}"""
 _EQUAL: Final = 1e-9
 
