@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from imagewatch.journal.postgres.session import MOST
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import whole
 
@@ -63,7 +64,7 @@ class Converter:
             return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
         number = value if isinstance(value, int | float) else float(str(value))
         if kind == "double precision":
-            return float(number)
+            return min(max(float(number), -MOST), MOST)
         most = _MOST[kind]
         if math.isinf(number):
             return most if number > 0 else -most - 1

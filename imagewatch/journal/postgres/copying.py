@@ -85,11 +85,12 @@ def connected(place: Place) -> Iterator[Session]:
     with (
         _translating(),
         contextlib.closing(Session(place, "migrate", _SETTINGS)) as session,
-        contextlib.closing(Session(place, "check")) as other,
+        contextlib.closing(Session(place, "check", is_prepared=False)) as other,
     ):
         require_usable(session, is_replicated=place.is_replicated)
         for why, hint in pooler(session, other):
             raise unusable(why, hint)
+        session.raw.on_silence = lambda: None  # a large journal takes its time
         yield session
 
 

@@ -346,10 +346,16 @@ class PostgresDatabase:
         Raises:
             DatabaseError: There is one, or the database cannot be used.
         """
-        with self.using(), contextlib.ExitStack() as stack:
-            sessions = [stack.enter_context(contextlib.closing(Session(self.place, "check"))) for _ in range(2)]
-            for why, hint in pooler(*sessions):
-                raise unusable(why, hint)
+        try:
+            with (
+                contextlib.closing(Session(self.place, "check", is_prepared=False)) as one,
+                contextlib.closing(Session(self.place, "check", is_prepared=False)) as other,
+            ):
+                require_usable(one, is_replicated=self.place.is_replicated)
+                for why, hint in pooler(one, other):
+                    raise unusable(why, hint)
+        except psycopg.Error as error:
+            raise translated(error) from error
 
     def require_own(self, place: str, alive_seconds: float, *, recorded: int = 0) -> None:
         """Make sure that no daemon with another state folder has the name of this one, and that no request is missing.

@@ -24,7 +24,7 @@ _LOCK = "SELECT pg_advisory_xact_lock(7302041955123)"
 @contextlib.contextmanager
 def _session(place: Place) -> Iterator[Session]:
     try:
-        session = Session(place, "db")
+        session = Session(place, "db", is_prepared=False)
         with contextlib.closing(session):
             yield session
     except psycopg.Error as error:
