@@ -22,6 +22,7 @@ The modules, in the order in which they are read::
     requests what commands ask of a daemon, and the holds that last over a restart
     control  the file that wakes the daemon for them
     postgres the shared database, in the place of SQLite's file
+    forgetting what becomes of the jobs of a daemon that does not come back
     counted  how many attempts a daemon has recorded in a shared database
     earlier  jobs that an earlier version has left in files
 """

@@ -59,7 +59,7 @@ _REGISTER = """
     VALUES (?, ?, ?, ?, ?, ?, 1, extract(epoch FROM clock_timestamp()), extract(epoch FROM clock_timestamp()))
     ON CONFLICT (account, name) DO UPDATE SET inbox = excluded.inbox, host = excluded.host, folder = excluded.folder,
         place = excluded.place, version = excluded.version, incarnation = i.incarnation + 1,
-        started_at = excluded.started_at, seen_at = excluded.seen_at, ended_at = NULL
+        started_at = excluded.started_at, seen_at = excluded.seen_at, ended_at = NULL, forgotten_at = NULL
     RETURNING incarnation"""
 _RECORDED = """
     SELECT recorded FROM imagewatch.instances

@@ -54,6 +54,7 @@ CREATE TABLE instances (
     started_at  DOUBLE PRECISION NOT NULL,
     seen_at     DOUBLE PRECISION NOT NULL,
     ended_at    DOUBLE PRECISION,       -- when it was stopped; NULL while it runs, and after a kill
+    forgotten_at DOUBLE PRECISION,      -- when a person removed it from the account; NULL when it comes back
     recorded    BIGINT NOT NULL DEFAULT 0,  -- how often its attempts were inserted; it never becomes less
     status      TEXT NOT NULL DEFAULT '',  -- JSON: what status --all shows of it
     PRIMARY KEY (account, name)
