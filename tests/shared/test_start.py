@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -132,6 +133,47 @@ def test_a_name_that_a_running_daemon_has_is_refused(daemon: Callable[..., Folde
         assert running.stop() == 0, running.output
     assert "with another state folder" in refused(second, 74)
     assert Running(first, "once").wait() == 0
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Callable[[Folders], socket.socket]]:
+    """Return a function that lets a daemon believe that systemd has started it; what it reports can be received."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+
+        def made(folders: Folders) -> socket.socket:
+            folders.environ["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+            return manager
+
+        yield made
+
+
+def test_a_service_waits_at_its_start_for_a_database_that_is_down(
+    daemon: Callable[..., Folders], own_postgres: Server, service: Callable[[Folders], socket.socket]
+) -> None:
+    folders = daemon(own_postgres.database())
+    assert command(folders, "db", "init").returncode == 0
+    own_postgres.stop()
+    manager = service(folders)
+    running = Running(folders, "run")
+    try:
+        assert b"STATUS=waiting: the shared database cannot be reached" in manager.recv(4096)
+        own_postgres.start()
+        while b"READY=1" not in manager.recv(4096):
+            pass
+    finally:
+        assert running.stop() == 0, running.output
+
+
+def test_a_service_that_waits_for_its_database_is_stopped_by_a_signal(
+    daemon: Callable[..., Folders], service: Callable[[Folders], socket.socket]
+) -> None:
+    folders = daemon(f"postgresql://127.0.0.1:{free_port()}/none")
+    manager = service(folders)
+    running = Running(folders, "run")
+    assert b"STATUS=waiting" in manager.recv(4096)
+    assert running.stop() == 0, running.output
 
 
 class Bouncer:
