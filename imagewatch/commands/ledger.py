@@ -30,6 +30,11 @@ def ledger_path(config: Config) -> str:
     return path_in(config.folders.state)
 
 
+def has_journal(config: Config) -> bool:
+    """Return whether there is a journal: the file, or the shared database."""
+    return bool(config.shared.database) or os.path.exists(ledger_path(config))
+
+
 @contextlib.contextmanager
 def open_ledger(config: Config) -> Iterator[Ledger]:
     """Open the journal for the block, to read in the ledger; errors as of ``open_journal``."""
@@ -51,7 +56,8 @@ def open_journal(config: Config) -> Iterator[Journal]:
     path = ledger_path(config)
     if is_hidden(path):
         raise unreadable(config.folders.state)
-    if not os.path.exists(path):
+    opening.require_own_store(config)
+    if not config.shared.database and not os.path.exists(path):
         if error := ledger_problem(config.folders.state):  # there was one
             raise error
         hint = "no job has ended with this configuration yet; for another configuration use --config"
@@ -71,12 +77,10 @@ def open_budget(config: Config) -> Iterator[Budget]:
     Raises:
         SpoolError: There may be a ledger, but it cannot be read.
     """
-    state, path = config.folders.state, ledger_path(config)
+    state = config.folders.state
     with contextlib.ExitStack() as stack:
-        if config.shared.database:
-            yield stack.enter_context(usable_journal(config)).budget()
-            return
-        if os.path.exists(path):
+        if has_journal(config):
+            opening.require_own_store(config)
             journal = stack.enter_context(contextlib.closing(opening.open_journal(config, time.time)))
             journal.require()
             yield journal.budget()
