@@ -36,6 +36,7 @@ The modules, in reading order::
     check_settings  what check prints of configuration, folders, caps, key and account
     check_notify    what check prints of notifications
     status          what the daemon is doing
+    status_all      what all daemons of a shared account are doing
     metrics         the same for Prometheus
     history         what was completed, refused and spent
     balances        the account's balance before and after a request whose charge is unknown
