@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,8 @@ from support.daemon import TESTS, Folders, LoggedDaemon, Running, command, until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from support.postgres import Server
-
     from imagewatch.sandbox import Sandbox
+    from support.postgres import Server
 
 LEASE = 3.0
 RUNNER = str(TESTS / "support/common_runner.py")
@@ -32,11 +31,14 @@ class Member(Folders):
             "IMAGEWATCH_SHARED__DURABILITY": "single",
             "IMAGEWATCH_SHARED__INSTANCE": f"{inbox}-{name}",
             "IMAGEWATCH_SHARED__INBOX": inbox,
+            "IMAGEWATCH_SHARED__ACCOUNT": inbox,  # its holds concern no other test
+            "IMAGEWATCH_SHARED__LEASE_SECONDS": "10",
             "IMAGEWATCH_ENDPOINT__CONNECT_TIMEOUT_SECONDS": "2",
             "IMAGEWATCH_ENDPOINT__TIMEOUT_SECONDS": str(DEADLINE),
             "IMAGEWATCH_ENDPOINT__DEADLINE_SECONDS": str(DEADLINE),
             "IMAGEWATCH_INBOX__RESCAN_SECONDS": "1",
             "LEASE": str(LEASE),
+            "READ_ONLY_FILE": str(root / f"read-only-{name}"),
         }
         spare = Folders.__new__(Folders)
         if not hasattr(self, "environ"):
@@ -46,6 +48,10 @@ class Member(Folders):
         self.name, self.steps_file = f"{inbox}-{name}", root / f"steps-{name}"
         self.state = root / f"state-{name}"
         self.environ |= {**given, "IMAGEWATCH_FOLDERS__STATE": str(self.state), "STEPS_FILE": str(self.steps_file)}
+
+    def go(self) -> None:
+        """Let a thread that waits before a step go on."""
+        Path(f"{self.steps_file}.go").touch()
 
     def steps(self) -> list[str]:
         """What its daemon has done so far; the last one is where it stopped."""
@@ -126,7 +132,9 @@ class Inbox:
         folders = self.folders()
         left = [f"job {job}" for job in self.open_jobs()]
         left += [name for name in folders.names("inbox") if "/lock" not in name]
-        left += [str(path) for path in (folders.inbox / ".imagewatch").glob("*.*") if "imagewatch-claims" not in path.name]
+        left += [
+            str(path) for path in (folders.inbox / ".imagewatch").glob("*.*") if "imagewatch-claims" not in path.name
+        ]
         left += [str(path) for path in folders.root.rglob(".iw-*") if ".iw-status" not in path.name]
         return left + self.local()
 
@@ -135,8 +143,6 @@ class Inbox:
         seen: list[float] = []
 
         def is_quiet() -> bool:
-            import time  # noqa: PLC0415
-
             if self.unfinished():
                 seen.clear()
                 return False
@@ -198,6 +204,3 @@ def initialize(member: Member) -> None:
     """Make the tables of the database."""
     done = command(member, "db", "init")
     assert done.returncode == 0, done.stderr
-
-
-__all__ = ["DEADLINE", "LEASE", "Inbox", "Member", "initialize", "os", "wait_for_stop"]

@@ -5,6 +5,7 @@ response. Each is written to a file, one a line, so that a test sees where the p
 
     STEPS_FILE   the file
     STOP_BEFORE  the number of the step, from 1
+    READ_ONLY_FILE  while it is there, the folder of claimed files cannot be changed
     STOP_BY      kill: SIGKILL; stop: SIGSTOP; pause: only the thread waits, until the file STEPS_FILE.go is there
     LEASE        how long a job is held after a sign of its daemon, seconds
     BROKEN       what is left out, one of ``BREAKS``: each must make a test fail
@@ -13,15 +14,14 @@ response. Each is written to a file, one a line, so that a test sees where the p
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
-from support.losing import SteppingDisk
 
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
@@ -30,8 +30,11 @@ from imagewatch.job import common_steps
 from imagewatch.job.handover import Handover
 from imagewatch.job.sending import Sending
 from imagewatch.journal.common import Common
+from imagewatch.journal.holds import Holds
 from imagewatch.journal.postgres.database import PostgresDatabase
 from imagewatch.system import log
+from imagewatch.system.errors import SpoolError
+from support.losing import SteppingDisk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,7 +65,7 @@ def step(what: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "pause":
             while not os.path.exists(f"{_FILE}.go"):
-                time.sleep(0.02)
+                threading.Event().wait(0.02)
 
 
 class StoppingDisk(SteppingDisk):
@@ -70,6 +73,8 @@ class StoppingDisk(SteppingDisk):
 
     def step(self, what: str, path: str) -> None:
         step(f"{what} {path}")
+        if "/.imagewatch/" in path and os.path.exists(os.environ["READ_ONLY_FILE"]):
+            raise SpoolError("read-only file system", path=path, code=errno.EROFS)
 
 
 def _counting(owner: type, name: str) -> None:
@@ -131,4 +136,4 @@ if __name__ == "__main__":
     log.configure("info", "json")
     config = load(None, os.environ)
     config = replace(config, shared=replace(config.shared, lease_seconds=float(os.environ["LEASE"])))
-    sys.exit(Daemon(config, os.environ, disk=StoppingDisk()).run())
+    sys.exit(Daemon(config, os.environ, disk=StoppingDisk(), holds=Holds(first_seconds=0.3)).run())
