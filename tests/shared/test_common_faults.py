@@ -16,15 +16,19 @@ from support.common import DEADLINE, Inbox, initialize, wait_for_stop
 from support.daemon import LoggedDaemon, command, until
 from support.proxy import Proxy
 
+from imagewatch.system.errors import LostJobError, SpoolError
 from shared.test_daemons import replace_by_earlier
+from shared.test_lost_commits import FLUX, claim, member, outcomes, row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from support.postgres import Server
 
+    from imagewatch.journal.journal import Journal
     from imagewatch.sandbox import Sandbox
 
+__all__ = ["member"]
 EVERY = int(os.environ.get("IMAGEWATCH_EVERY_STEP", "0") or "0")
 """1: each step is tried; otherwise some, spread over all."""
 AT_THE_SAME_TIME = 4
@@ -52,19 +56,19 @@ def is_over(world: Inbox) -> bool:
     return not world.open_jobs() and bool(world.folders().finished())
 
 
-def stopped_at(world: Inbox, number: int, by: str, *, broken: str = "") -> str:
+def stopped_at(world: Inbox, number: int, by: str) -> str:
     """Stop a daemon before a step, let another one finish, then let the first continue; return the destination."""
     one = world.members["one"]
     prompt = f"a cat {number} {by}"
     one.prompt("cat", prompt)
-    first = world.run(one, stop_before=number, by=by, broken=broken)
+    first = world.run(one, stop_before=number, by=by)
     if not wait_for_stop(first, lambda: is_over(world)):
         return world.check("cat", prompt)
     where = one.steps()[-1]
-    world.run(world.member("two"), broken=broken)
+    world.run(world.member("two"))
     until(lambda: is_over(world) or world.calls(prompt) > 1, 40, saw=lambda: f"{where}\n{world.unfinished()}")
     if by == "kill":
-        world.run(one, broken=broken)
+        world.run(one)
     else:
         first.process.send_signal(signal.SIGCONT)
     try:
@@ -72,6 +76,27 @@ def stopped_at(world: Inbox, number: int, by: str, *, broken: str = "") -> str:
         return world.check("cat", prompt)
     except AssertionError as error:
         raise AssertionError(f"stopped before step {number} ({by}): {where}\n{error}") from error
+
+
+def test_a_daemon_that_wakes_up_before_it_has_sent_sends_nothing_and_another_one_sends_it(
+    inbox: Callable[..., Inbox],
+) -> None:
+    counted, world, prompt = inbox("counted"), inbox(), "a cat, later"
+    steps = count_steps(counted)
+    counted.close()
+    one = world.members["one"]
+    one.prompt("cat", prompt)
+    first = world.run(one, stop_before=number_of(steps, "create", "sent.1"), by="stop")
+    assert wait_for_stop(first, lambda: False)
+    second = world.run(world.member("two"))
+    second.wait_for("taken_over")
+    claims = one.inbox / ".imagewatch"
+    until(lambda: [path.name.partition(".")[2] for path in claims.glob("????????????????*")] == ["2"])
+    assert world.calls(prompt) == 0
+    first.process.send_signal(signal.SIGCONT)
+    world.settle()
+    assert world.check("cat", prompt) == "outbox"
+    assert [outcome for _, _, outcome, _ in world.attempts()] == ["unsent", "completed"]
 
 
 def count_steps(world: Inbox) -> list[str]:
@@ -285,3 +310,37 @@ def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_pay
     world.run(one)
     world.settle()
     assert world.check("cat", prompt) == ("outbox" if is_saved else "errors")
+
+
+# The journal alone
+
+
+def test_the_right_to_send_is_not_spent_by_a_daemon_whose_job_was_taken_over(
+    database: str, member: Callable[..., Journal]
+) -> None:
+    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
+    one.offer(claim())
+    assert [taken.epoch for taken in one.common.take(5)] == [1]
+    one.common.let_go()
+    assert [taken.epoch for taken in two.common.take_over(5)] == [2]
+    with pytest.raises(LostJobError):
+        one.spend(row(nonce="one"), FLUX, skip_repeated=False)
+    assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
+
+
+def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
+    database: str, member: Callable[..., Journal], postgres: Server
+) -> None:
+    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
+    one.offer(claim())
+    one.common.take(5)
+    one.common.let_go()
+    two.common.take_over(5)
+    assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
+    one.unsent("a", 1, "one")
+    one.common.unsent("a", 1, "one")
+    assert outcomes(postgres, database) == {("a", 1): "sent"}
+    with pytest.raises(SpoolError, match="must not be sent"):
+        two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False)
+    two.common.unsent("a", 1, "two")
+    assert two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -87,9 +88,13 @@ class Inbox:
         self.members[name] = made = Member(self.root, name, base, uri, self.name, **given)
         return made
 
-    def run(self, member: Member, *, stop_before: int = 0, by: str = "kill", broken: str = "") -> LoggedDaemon:
+    def run(self, member: Member, *, stop_before: int = 0, by: str = "kill") -> LoggedDaemon:
         """Start the daemon of a member."""
-        member.environ |= {"STOP_BEFORE": str(stop_before), "STOP_BY": by, "BROKEN": broken}
+        member.environ |= {
+            "STOP_BEFORE": str(stop_before),
+            "STOP_BY": by,
+            "BROKEN": os.environ.get("IMAGEWATCH_BROKEN", ""),
+        }
         if not stop_before:
             member.steps_file.unlink(missing_ok=True)
         self.daemons.append(LoggedDaemon(Running(member, script=RUNNER)))
