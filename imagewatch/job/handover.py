@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
 _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
+_OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
 _FOLDER = re.compile(r"[0-9a-f]{16}(?:\.[1-9][0-9]{0,17})?")
 _PIECE = 1024 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
@@ -126,7 +127,7 @@ class Handover:
         path = os.path.join(self._folders.claims, name)
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
             names = self._folders.tops.names(path, folders=False)
-            if any(_SENT.fullmatch(one) or _ANSWER.fullmatch(one) for one in names):
+            if any(_OURS.fullmatch(one) for one in names):
                 return  # it may have been sent
             target = os.path.join(self._folders.inbox, folder)
             self._folders.require_mounts()
@@ -151,7 +152,7 @@ class Handover:
         """Remove what daemons have left for each other: the job is over."""
         self._fenced.pop(job, None)
         for name in self._names(job):
-            if _SENT.fullmatch(name) or _ANSWER.fullmatch(name):
+            if _OURS.fullmatch(name):
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
 
     def _names(self, job: str) -> list[str]:
