@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of
+from imagewatch.commands.drop import NAMED, Delivery, SubmitRequest, folder_of
 from imagewatch.commands.name_notes import Note, Notes
 from imagewatch.commands.wait import image_names, may_be_of, read_facts
 from imagewatch.config.locate import refusal
@@ -230,7 +230,8 @@ class NamedJobs:
         return True
 
     def _drop_new(self, name: str, digest: str, request: SubmitRequest) -> None:
-        with Delivery(self._config, self._folder, blind=self._blind, opener=self._images.open) as delivery:
+        images = self._images.open
+        with Delivery(self._config, self._folder, blind=self._blind, opener=images, staged=NAMED) as delivery:
             delivery.stage(request, name)
             if self._is_used(name):
                 raise BadRequest([Problem("name", f"{_USED}, and was not made with this tool", _OTHER_NAME)])
