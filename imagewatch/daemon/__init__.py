@@ -26,6 +26,7 @@ The modules, in the order in which they are read::
     status          the content of ``status.json``; also for the commands that read it
     folder_status   writes the status files for the users of the folders
     notice_content  what is in them
+    notice_record   where they were written: old ones are removed
     by_folder       what the status shows of each first-level folder: what waits, what of its budget is spent
     ignored         which ignored files the log names
     systemd         the notification protocol of the service manager
