@@ -22,7 +22,7 @@ from imagewatch.commands.name_notes import Note, Notes
 from imagewatch.commands.wait import image_names, may_be_of, read_facts
 from imagewatch.config.locate import refusal
 from imagewatch.protocol import notice
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX
 from imagewatch.system.errors import BadRequest, ImagewatchError, Problem, SpoolError
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import printable, whole
@@ -276,8 +276,8 @@ class NamedJobs:
     def _result(self, name: str, note: Note | None) -> Job | None:
         """Return the job of a receipt, else of an error file of this name; the newest if there are several."""
         places: tuple[tuple[State, str, str], ...] = (
-            ("completed", self._config.folders.outbox, ".receipt.toml"),
-            ("failed", self._config.folders.errors, ".error.toml"),
+            ("completed", self._config.folders.outbox, RECEIPT),
+            ("failed", self._config.folders.errors, ERROR),
         )
         for state, top, ending in places:
             folder = os.path.join(top, self._folder)
