@@ -195,7 +195,7 @@ class Dispatch:
             return
         caps.due = math.inf
         try:
-            self._intake.reconsider(caps.check(self._intake.is_passed_over))
+            self._intake.reconsider(caps.check(self._intake.is_passed_over, self._intake.is_file))
         except SpoolError as error:  # the ledger cannot be read
             self._admission.failed(error)
             caps.due = self._parts.now() + DISK_SECONDS
@@ -203,6 +203,8 @@ class Dispatch:
     def _hold_at_caps(self) -> None:
         """Show at which caps prompts wait now that those that fit were claimed."""
         caps = self._parts.caps
+        if not (self._intake.any() or self._intake.scanner.pending):
+            caps.all_had_their_turn()
         held = caps.held()
         self._admission.set_caps(held)
         if held:

@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _ME = "current_setting('imagewatch.instance')"
 _LEAD = f"""
-    INSERT INTO imagewatch.leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
+    INSERT INTO leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
     ON CONFLICT (account, inbox) DO UPDATE SET holder = excluded.holder, lease_ends_at = excluded.lease_ends_at
     WHERE l.holder = excluded.holder OR l.lease_ends_at < {_NOW}"""  # noqa: S608  our own names
 _RESIGN = f"""
-    UPDATE imagewatch.leaders SET lease_ends_at = 0 WHERE account = current_setting('imagewatch.account')
-    AND inbox = current_setting('imagewatch.inbox') AND holder = {_ME}"""  # noqa: S608
+    UPDATE leaders SET lease_ends_at = 0 WHERE holder = {_ME}"""  # noqa: S608
 _OFFER = "UPDATE jobs SET holder = '' WHERE id = ? AND epoch = 0"
 _NOTIFY = "SELECT pg_notify('imagewatch', current_setting('imagewatch.account'))"
 _TAKE = f"""
@@ -61,12 +60,11 @@ _WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
 _NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'decided', 'published')"
 _EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state <> 'done'"
 _SLOTS = f"""
-    SELECT coalesce(sum(slots), 0) AS slots FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
-    AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
+    SELECT coalesce(sum(slots), 0) AS slots FROM instances
+    WHERE inbox = current_setting('imagewatch.inbox') AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
 _SENT_BY = """
     SELECT a.instance, a.answer_on, a.sent_at, i.forgotten_at IS NOT NULL AS is_forgotten FROM attempts AS a
-    LEFT JOIN imagewatch.instances AS i ON i.account = a.account AND i.name = a.answer_on
+    LEFT JOIN instances AS i ON i.name = a.answer_on
     WHERE a.job = ? AND a.attempt = ?"""
 _ANSWER_ON = f"UPDATE attempts SET answer_on = {_ME} WHERE job = ? AND attempt = ?"  # noqa: S608
 _ANSWER_IS_THERE = "UPDATE attempts SET answer_on = '' WHERE job = ? AND answer_on <> ''"

@@ -376,6 +376,7 @@ def test_a_variable_sets_a_budget_and_prevails(budgeted):
         ("a\\u0007b", "credits_per_day = 1", "is not a valid folder name"),
         ("@Recycle", "credits_per_day = 1", "never entered"),
         ("$x", "credits_per_day = 1", "never entered"),
+        ("h\\\\udcff", "credits_per_day = 1", "the ledger writes a name that is not UTF-8"),
         ("anna", "credits_per_day = -1", "must be a number of at least 0"),
         ("anna", "credits_per_week = 1", 'did you mean "credits_per_day"'),
         ("anna", "concurrency = 1", "unknown key"),

@@ -12,6 +12,7 @@ show the rows that concern a daemon:
 ``holds``, ``announced``                         those of the account where the kind of hold concerns all its daemons,
                                                  else those of the instance; a cap is announced once for the account
 ``events``, ``meta``                             those of the instance
+``instances``, ``leaders``                       the daemons of the account; which of them scans the inbox
 ===============================================  =======================================================================
 """
 
@@ -230,6 +231,8 @@ _SCOPES: Final = {
     "prices": _OF_ACCOUNT,
     "events": f"{_OF_ACCOUNT} AND instance = {_INSTANCE}",
     "announced": f"{_OF_ACCOUNT} AND scope IN ('', {_INSTANCE})",
+    "instances": _OF_ACCOUNT,
+    "leaders": f"{_OF_ACCOUNT} AND inbox = {_INBOX}",
 }
 """Which rows of a table a daemon sees."""
 _DAY = (
