@@ -90,6 +90,7 @@ class Parts:
         )
         self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
         self.admission.announcements.on_written = self.notifier.wake
+        self.admission.on_database_back = self._doubt_jobs
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         self.status.events = self.journal.events
         tops = self.spool.tops
@@ -108,6 +109,10 @@ class Parts:
     def watch_account(self) -> None:
         """Let other daemons of a shared account see this one, and hear of what concerns the account."""
         opening.watch(self.journal, lambda: self.status.summary, lambda: self.mailbox.put(Asked()))
+
+    def _doubt_jobs(self) -> None:
+        """Note that jobs that were over may be open again: a server that crashed loses commits that were not synced."""
+        self.is_recovered = self.is_recovered and not self.journal.file.is_shared
 
     def _changed_hold(self, *, at_once: bool) -> None:
         self.status.change(at_once=at_once)
