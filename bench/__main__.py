@@ -30,6 +30,7 @@ from latency import latency
 from memory import memory
 from plan import FULL, QUICK, Bench
 from scale import scale
+from shared import shared
 from start import start
 from throughput import slots, throughput
 
@@ -49,6 +50,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "scale": scale,
     "burst": burst,
     "gallery": gallery,
+    "shared": shared,
 }
 
 

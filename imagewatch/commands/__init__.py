@@ -36,6 +36,7 @@ The modules, in reading order::
     check_settings  what check prints of configuration, folders, caps, key and account
     check_notify    what check prints of notifications
     status          what the daemon is doing
+    status_all      what all daemons of a shared account are doing
     metrics         the same for Prometheus
     history         what was completed, refused and spent
     balances        the account's balance before and after a request whose charge is unknown
@@ -43,6 +44,8 @@ The modules, in reading order::
     afford          what check prints of caps
     retry           failed prompts back into the inbox
     hold            hold and release
+    db              makes and checks the tables of a shared database
+    migrate         moves the journal into a shared database, or out of it
     gallery         the page
     demo            six prompts on a local endpoint
     sandbox         the local endpoint

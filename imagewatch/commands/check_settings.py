@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands import afford
 from imagewatch.commands.balances import with_balances
 from imagewatch.commands.check_notify import receivers
-from imagewatch.commands.ledger import ledger_path, open_ledger
+from imagewatch.commands.ledger import has_journal, open_ledger
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
+from imagewatch.config.shared import instance_of
 from imagewatch.job.claims import HINT
 from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
 from imagewatch.journal.control import accepts_ledger
-from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.opening import open_journal
+from imagewatch.journal.opening import member_of, open_journal, problem
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider, layered
 from imagewatch.protocol.request import unknown_family
@@ -74,11 +74,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         else:
             yield _folder(name, path, kinds)
     yield from _room(config, kinds)
-    if error := ledger_problem(config.folders.state):
-        if accepts_ledger(config.folders.state):
-            yield Line("wait", "ledger", printable(f"{error} (the daemon accepts it when it starts)", 1000))
-        else:
-            yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
+    yield from _journal(config)
     yield from (Line(*line) for line in (*afford.caps(config), *afford.budgets(config)))
     yield from _models(config)
     if os.path.isdir(config.folders.inbox):
@@ -88,14 +84,31 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     yield from (Line(*line) for line in receivers(config.notify, environ))
 
 
+def _journal(config: Config) -> Iterator[Line]:
+    """Report what keeps the daemon from recording what it sends."""
+    what = "shared database" if config.shared.database else "ledger"
+    try:
+        error = problem(config)
+    except ConfigError:  # a part that cannot be made, which is reported
+        return
+    if error is not None and accepts_ledger(config.folders.state):
+        yield Line("wait", what, printable(f"{error} (the daemon accepts it when it starts)", 1000))
+    elif error is not None:
+        yield Line("bad", what, printable(f"{error} ({error.hint})", 1000))
+    elif config.shared.database:
+        member = member_of(config.folders.state)
+        instance = member.instance if member else instance_of(config)
+        yield Line("ok", what, printable(f"account {config.shared.account}, instance {instance}"))
+
+
 def _models(config: Config) -> Iterator[Line]:
     """Name each configured model whose provider is not known: prompts that use it are refused."""
     presets = {f"presets.{name}": preset for name, preset in config.presets.items() if preset.model}
     for table, own in {"defaults": config.defaults, **presets}.items():
         options = layered((own, config.defaults))
         if choose_provider(options, has_inputs=False) is None:
-            problem = unknown_family(options)
-            yield Line("warn", table, printable(f"{problem}; without it, prompts that name no provider are refused"))
+            why = unknown_family(options)
+            yield Line("warn", table, printable(f"{why}; without it, prompts that name no provider are refused"))
 
 
 def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
@@ -110,8 +123,8 @@ def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     try:
         read_key(config.endpoint, environ)
     except ConfigError as error:
-        for problem in error.problems:
-            yield Line("bad", "key", printable(str(problem)))
+        for one in error.problems:
+            yield Line("bad", "key", printable(str(one)))
     else:
         warning = key_file_problem(config.endpoint.api_key_file) if config.endpoint.api_key_file else ""
         yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
@@ -209,10 +222,9 @@ def account(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     except Unavailable as error:
         yield Line("warn", "balance", printable(f"not available ({error}); nothing else depends on it"))
     except ConfigError as error:
-        problem = error.problems[0]
-        yield Line("warn", "balance", printable(f"not available ({problem.field}: {problem.reason})"))
-    path = ledger_path(config)
-    if os.path.exists(path):
+        first = error.problems[0]
+        yield Line("warn", "balance", printable(f"not available ({first.field}: {first.reason})"))
+    if has_journal(config):
         try:
             with open_ledger(config) as ledger:
                 yield from (

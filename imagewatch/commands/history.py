@@ -18,6 +18,7 @@ from imagewatch.commands.terminal import print_table, shown
 from imagewatch.daemon.status import iso
 from imagewatch.journal.budget import day_and_month
 from imagewatch.protocol.names import SUFFIX
+from imagewatch.system.errors import UsageError
 from imagewatch.system.text import amount, printable, to_json, utc
 
 if TYPE_CHECKING:
@@ -28,13 +29,17 @@ _COLUMNS = (
     *("asked", "got", "attempts", "status", "code", "message", "request_id", "redelivered"),
     *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
+_INSTANCE = "instance"
+"""The daemon that a job is of: a column more if daemons share a database."""
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
 _COLORS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "unreadable": "red"}
 
 
 @click.command()
 @click.option(
-    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Show sums instead of single jobs"
+    "--by",
+    type=click.Choice(["day", "month", "provider", "folder", "owner", _INSTANCE]),
+    help="Show sums instead of single jobs",
 )
 @click.option(
     "--days",
@@ -57,10 +62,17 @@ def history(
     """Show completed, refused and unknown jobs and their cost.
 
     The ledger has every finished job. Days are UTC, as for the caps.
+
+    If daemons share an account in a database, the jobs of all of them are shown, each with its instance (the daemon).
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv cannot be used together")
     config = load_config(path)
+    if by == _INSTANCE and not config.shared.database:
+        raise UsageError(
+            "--by instance shows the daemons that share a database, and [shared] database is not set",
+            hint="use another group, such as --by folder",
+        )
     today = day_and_month(time.time())[0][0].timestamp()
     since = today - (days - 1) * 86_400 if days else 0.0
     is_whole = by or as_json or as_csv or days
@@ -71,7 +83,7 @@ def history(
     if by:
         _show_sums(_sums(jobs, by), by, as_json=as_json, as_csv=as_csv)
     elif as_json or as_csv:
-        click.echo((_as_json if as_json else _as_csv)(jobs), nl=as_json)
+        click.echo(_as_json(jobs) if as_json else _as_csv(jobs, is_shared=bool(config.shared.database)), nl=as_json)
     else:
         _show_jobs(jobs, totals)
 
@@ -92,10 +104,12 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     if not jobs:
         click.echo("No job has ended yet.")
         return
+    is_shared = _INSTANCE in jobs[0]
     outcomes = ["unreadable" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
     rows = [
         [
             time.strftime("%Y-%m-%d %H:%M", time.localtime(job["sent_at"] or job["claimed_at"])),
+            *([shown(job[_INSTANCE])] if is_shared else []),
             outcome,
             shown(job["credits"]),
             shown(job["provider"]),
@@ -105,7 +119,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
         for job, outcome in zip(jobs, outcomes, strict=True)
     ]
     print_table(
-        ("time", "outcome", "credits", "provider", "images", "prompt"),
+        ("time", *([_INSTANCE] if is_shared else []), "outcome", "credits", "provider", "images", "prompt"),
         rows,
         colors=[_COLORS.get(outcome) for outcome in outcomes],
         notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
@@ -120,7 +134,7 @@ class Sum:
     """The sum of a group of jobs.
 
     Attributes:
-        name: The group: a day, month, provider, folder or owner.
+        name: The group: a day, month, provider, folder, owner or instance.
         completed: Jobs that were charged.
         refused: Jobs that were not, because the API or our own checks declined them.
         unknown: Jobs that may have been charged.
@@ -145,7 +159,7 @@ class Sum:
 
 
 def _sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:
-    """Return one sum for each day, month, provider, folder or owner, in order."""
+    """Return one sum for each day, month, provider, folder, owner or instance, in order."""
     found: dict[str, Sum] = {}
     for job in jobs:
         name = _group(job, by)
@@ -160,13 +174,16 @@ def _group(job: Mapping[str, Any], by: str) -> str:
         return os.path.dirname(job["source"]) or "(inbox)"
     if by == "owner":
         return job["owner"] or "(unknown)"
+    if by == _INSTANCE:
+        return str(job[_INSTANCE])
     day = utc(job["sent_at"] or job["claimed_at"]).date().isoformat()
     return day if by == "day" else day[:7]
 
 
 def _plain(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job for programs: times are text in UTC."""
-    return {name: iso(job[name]) if name in _TIMES else job[name] for name in _COLUMNS}
+    plain = {name: iso(job[name]) if name in _TIMES else job[name] for name in _COLUMNS}
+    return {**plain, _INSTANCE: job[_INSTANCE]} if _INSTANCE in job else plain
 
 
 def _as_json(jobs: Iterable[Mapping[str, Any]]) -> str:
@@ -175,12 +192,13 @@ def _as_json(jobs: Iterable[Mapping[str, Any]]) -> str:
     return f"[{lines}]"
 
 
-def _as_csv(jobs: Iterable[Mapping[str, Any]]) -> str:
+def _as_csv(jobs: Iterable[Mapping[str, Any]], *, is_shared: bool) -> str:
     """Return jobs as CSV with a header (RFC 4180, but with line feeds).
 
     A cell that a spreadsheet would run as a formula gets an apostrophe before it: other people choose file names.
     """
-    return _table_csv(_COLUMNS, (_plain(job).values() for job in jobs))
+    columns = (*_COLUMNS, _INSTANCE) if is_shared else _COLUMNS
+    return _table_csv(columns, (_plain(job).values() for job in jobs))
 
 
 def _table_csv(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

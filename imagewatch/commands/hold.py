@@ -13,11 +13,11 @@ import click
 
 from imagewatch.commands.common import config_option, json_option
 from imagewatch.commands.state import control_of, hold_kinds, is_applied, is_running, load_as_owner, usable_journal
+from imagewatch.journal import opening
 from imagewatch.journal.account import MANUAL, PUT_ON_HOLD
 from imagewatch.journal.control import Control, accept_ledger, accepts_ledger
-from imagewatch.journal.health import ledger_problem
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import UsageError
+from imagewatch.system.errors import DatabaseError, SpoolError, UsageError
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def release(path: str | None, *, as_json: bool, accept: bool, for_all: bool) -> 
 
     With --accept-new-ledger: if the ledger was deleted or is damaged, the daemon starts an empty one. If another one
     was put in its place, the daemon uses that. Caps and history then count only what is in it. A prompt that a sync
-    tool delivers again may be charged again.
+    tool delivers again may be charged again. With a shared database: this state folder takes the place of a lost one
+    of the same instance, or the daemon uses a database that lacks its newest requests.
 
     If daemons share an account in a database, a hold of the account (credits, quota) concerns all of them. Without
     --account it does not end; its next probe is sent immediately. With --account, all holds of the account end, and
@@ -131,7 +132,7 @@ def release(path: str | None, *, as_json: bool, accept: bool, for_all: bool) -> 
         click.echo(f"Released: all daemons of the account {printable(config.shared.account)}.")
         if running and not applied:
             click.echo("The daemon of this configuration has not applied it yet.")
-    elif (reason := _held_with_account(config)) is not None:
+    elif not accept and (reason := _held_with_account(config)) is not None:
         click.echo(f"Released; but the account is on hold: {reason}")
         click.echo("To resume all daemons of the account, run: imagewatch release --account")
     elif not running:
@@ -181,10 +182,28 @@ def _accepted(config: Config, *, running: bool) -> bool:
 
 
 def _accept_ledger(config: Config) -> None:
-    error = ledger_problem(config.folders.state)
+    error = opening.problem(config)
+    if config.shared.database:
+        _require_replaceable(error)
+        if isinstance(error, DatabaseError):
+            click.echo("Caps, history and the check for redelivered prompts now use what is in the database.", err=True)
+        else:
+            click.echo("What the lost state folder had in flight counts as charged, amount unknown.", err=True)
+        accept_ledger(config.folders.state, Disk())
+        return
     if error is None:
         raise UsageError("the ledger has no problem; nothing was changed")
     if error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:
         raise UsageError(f"{printable(str(error))}; an empty ledger would not help", hint=error.hint)
     click.echo("Caps, history and the check for redelivered prompts now use only the new ledger.", err=True)
     accept_ledger(config.folders.state, Disk())
+
+
+def _require_replaceable(error: SpoolError | None) -> None:
+    """Make sure that this state folder can take the place of a lost one in the shared database."""
+    if error is None:
+        raise UsageError(
+            "no other state folder has the name of this daemon in the shared database; nothing was changed"
+        )
+    if error.code != errno.ESTALE:
+        raise error

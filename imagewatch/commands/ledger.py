@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.commands.state import unreadable
+from imagewatch.commands.state import unreadable, usable_journal
 from imagewatch.config.locate import is_hidden
 from imagewatch.journal import opening
 from imagewatch.journal.books import NoBooks
@@ -30,6 +30,11 @@ def ledger_path(config: Config) -> str:
     return path_in(config.folders.state)
 
 
+def has_journal(config: Config) -> bool:
+    """Return whether there is a journal: the file, or the shared database."""
+    return bool(config.shared.database) or os.path.exists(ledger_path(config))
+
+
 @contextlib.contextmanager
 def open_ledger(config: Config) -> Iterator[Ledger]:
     """Open the journal for the block, to read in the ledger; errors as of ``open_journal``."""
@@ -44,10 +49,15 @@ def open_journal(config: Config) -> Iterator[Journal]:
     Raises:
         SpoolError: There is none, or it cannot be read.
     """
+    if config.shared.database:
+        with usable_journal(config) as journal:
+            yield journal
+        return
     path = ledger_path(config)
     if is_hidden(path):
         raise unreadable(config.folders.state)
-    if not os.path.exists(path):
+    opening.require_own_store(config)
+    if not config.shared.database and not os.path.exists(path):
         if error := ledger_problem(config.folders.state):  # there was one
             raise error
         hint = "no job has ended with this configuration yet; for another configuration use --config"
@@ -67,9 +77,10 @@ def open_budget(config: Config) -> Iterator[Budget]:
     Raises:
         SpoolError: There may be a ledger, but it cannot be read.
     """
-    state, path = config.folders.state, ledger_path(config)
+    state = config.folders.state
     with contextlib.ExitStack() as stack:
-        if os.path.exists(path):
+        if has_journal(config):
+            opening.require_own_store(config)
             journal = stack.enter_context(contextlib.closing(opening.open_journal(config, time.time)))
             journal.require()
             yield journal.budget()

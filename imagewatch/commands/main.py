@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "hosts": ("hosts", "List the daemons that share an account, or remove one."),
     "init": ("init", "Write a configuration file with comments."),
     "mcp": ("mcp", "Offer the folder to agents without a shell (MCP)."),
+    "migrate": ("migrate", "Move the journal into a shared database, or out of it."),
     "once": ("once", "Process all prompts in the inbox, then exit."),
     "release": ("hold", "End all holds except those of caps."),
     "retry": ("retry", "Put failed prompts back into the inbox."),

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
+from imagewatch.journal import opening
 from imagewatch.journal.control import Control
-from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.opening import open_journal, require_own_store
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.locks import locked
@@ -92,10 +91,9 @@ def usable_journal(config: Config) -> Iterator[Journal]:
     Raises:
         SpoolError: The journal cannot be used.
     """
-    if not config.shared.database and (error := ledger_problem(config.folders.state)):
+    if error := opening.problem(config):
         raise error
-    require_own_store(config)
-    with contextlib.closing(open_journal(config, time.time)) as journal:
+    with contextlib.closing(opening.open_journal(config, time.time)) as journal:
         yield journal
 
 

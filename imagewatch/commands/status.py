@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagewatch.commands import metrics
+from imagewatch.commands import metrics, status_all
 from imagewatch.commands.common import config_option, json_option, load_config
 from imagewatch.commands.state import local_time, status_page
 from imagewatch.daemon.status import kind
@@ -40,29 +40,36 @@ _MOST_FOLDERS = 10
     is_flag=True,
     help="Print metrics for Prometheus (node_exporter's textfile collector); exit code 0 also while on hold",
 )
+@click.option("--all", "for_all", is_flag=True, help="Show all daemons of the account, on all hosts; needs [shared]")
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C")
 @config_option
-def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) -> None:
+def status(path: str | None, *, as_json: bool, prometheus: bool, for_all: bool, watch: bool) -> None:
     """Show what the daemon is doing: prompts, requests, holds, credits.
 
     Also works while the daemon is not running. Exits with code 69 while the queue is on hold.
+
+    If daemons share an account in a database, the sums are those of the account. --all shows each daemon of the
+    account as it last reported itself, at most a quarter of shared.lease_seconds ago while it runs. It exits with code
+    69 while the account or one of its daemons is on hold.
     """
-    if prometheus and (as_json or watch):
-        raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} cannot be used together")
+    if prometheus and (as_json or watch or for_all):
+        other = "--json" if as_json else "--all" if for_all else "--watch"
+        raise click.UsageError(f"--prometheus and {other} cannot be used together")
     config = load_config(path)
     if prometheus:
         click.echo(metrics.text(status_page(config)), nl=False)
         return
     wait = threading.Event().wait
     while True:
-        page = status_page(config)
+        page = status_all.account_page(config) if for_all else status_page(config)
         if watch and not as_json and sys.stdout.isatty():
             click.echo("\033[H\033[J", nl=False, color=True)  # also with NO_COLOR
-        click.echo(to_json(page) if as_json else "\n".join(_lines(page)))
+        click.echo(to_json(page) if as_json else "\n".join((status_all.lines if for_all else _lines)(page)))
         if not watch:
             break
         wait(2.0)
-    sys.exit(EXIT_HELD if page["holds"] else 0)
+    is_held = status_all.is_held(page) if for_all else bool(page["holds"])
+    sys.exit(EXIT_HELD if is_held else 0)
 
 
 def _lines(page: dict[str, Any]) -> Iterator[str]:
@@ -78,12 +85,13 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     if stuck := page.get("stuck"):  # an older daemon does not write it
         yield click.style(f"  stuck      {len(stuck)}; the log has the reason and the next step", fg="red")
         yield from (f"             {job['source'] or job['job']}" for job in stuck)
+    whose = f", account {page['account']}" if page.get("account") else ""  # an older daemon does not write it
     for name, label in (("today", "today"), ("month", "this month")):
         one = page[name]
         cap = f" of {amount(one['cap'])}" if one["cap"] else ""
         yield (
             f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
-            f"{amount(one['credits'])}{cap} credits (UTC)"
+            f"{amount(one['credits'])}{cap} credits (UTC{whose})"
         )
     yield from _budgets(page.get("budgets", []))  # the same
     if balance := page.get("balance"):  # an older daemon does not write it

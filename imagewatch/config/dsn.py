@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 PASSWORD_HINT: Final = (
-    "put the password into a password file (~/.pgpass, or the systemd credential pgpass) or into a service file, "  # noqa: S105
+    "put the password into a password file (~/.pgpass), a service file or the systemd credential database_password, "  # noqa: S105
     "and remove it here"
 )
 WRITE_DATABASE: Final = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import stat
 
@@ -37,26 +36,3 @@ def read_secret_file(path: str, most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise SecretFileError(f"is larger than {most_bytes >> 10} KiB")
     return content
-
-
-@functools.cache
-def without_group(path: str, most_bytes: int) -> str:
-    """Return the path of a file with a secret that shows no rights of its group: the file itself, or a copy in memory.
-
-    systemd gives the user of a service access to credentials by an access control list, which looks like rights of the
-    group. libpq ignores a password file that its group may read. A copy is made once; only this process can open it.
-
-    Args:
-        path: The file.
-        most_bytes: A larger file is refused.
-
-    Raises:
-        SecretFileError: As for ``read_secret_file``.
-    """
-    content = read_secret_file(path, most_bytes)
-    if not stat.S_IMODE(os.stat(path).st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
-        return path
-    copy = os.memfd_create("imagewatch-secret", os.MFD_CLOEXEC)
-    os.write(copy, content)
-    os.fchmod(copy, stat.S_IRUSR)
-    return f"/proc/self/fd/{copy}"

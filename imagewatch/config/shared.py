@@ -12,9 +12,10 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from imagewatch.config.dsn import names_password_file
-from imagewatch.config.secret_file import SecretFileError, without_group
+from imagewatch.config.secret_file import SecretFileError, read_secret_file
 from imagewatch.config.values import MOST_NAME_CHARS
 from imagewatch.system.errors import ConfigError, Problem
+from imagewatch.system.masking import Mask, known
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Config, Shared
 
-_CREDENTIAL: Final = "pgpass"
+_CREDENTIAL: Final = "database_password"
+_ALONE: Final = "write the password alone, on one line"
+_MOST_BYTES: Final = 4096
 _DIGITS: Final = 16
-_MOST_BYTES: Final = 1 << 16
 
 
 def instance_of(config: Config) -> str:
@@ -45,24 +47,38 @@ def instance_of(config: Config) -> str:
 
 
 def conninfo(shared: Shared, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return connection parameters besides those in ``shared.database``: the password file that systemd passes.
+    """Return connection parameters besides those in ``shared.database``: the password that systemd passes.
+
+    The credential has the password itself: libpq refuses a password file that its group may read, and systemd makes
+    each credential such a file. This process masks the password wherever it writes.
 
     Args:
         shared: ``[shared]``; a password file that its connection names is used instead.
         environ: The environment.
 
     Raises:
-        ConfigError: The password file cannot be read.
+        ConfigError: The credential cannot be read, or holds something else than a password.
     """
     folder = environ.get("CREDENTIALS_DIRECTORY", "")
     path = os.path.join(folder, _CREDENTIAL)
     if not folder or not os.path.lexists(path) or names_password_file(shared.database):
         return {}
     try:
-        return {"passfile": without_group(path, _MOST_BYTES)}
+        content = read_secret_file(path, _MOST_BYTES)
     except SecretFileError as error:
-        hint = "check LoadCredential= of the service"
-        raise ConfigError([Problem(f"credential {_CREDENTIAL}", str(error), hint)]) from None
+        raise _unreadable(str(error), "restart the service after you have changed the file") from None
+    try:
+        password = content.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError:
+        raise _unreadable("is not UTF-8", _ALONE) from None
+    if not password or any(character in password for character in "\0\r\n"):
+        raise _unreadable("is not a password", _ALONE)
+    known.remember(Mask(password), lasting=True)
+    return {"password": password}
+
+
+def _unreadable(reason: str, hint: str) -> ConfigError:
+    return ConfigError([Problem(f"credential {_CREDENTIAL}", reason, hint)])
 
 
 def require_psycopg() -> None:

@@ -74,6 +74,11 @@ class SharedHolds:
         if any(self._holds.has(kind) for kind in self._holds.shared):
             self._account.probe_now()
 
+    def probe_soon(self) -> None:
+        """Let the next probe be sent immediately, if the database can be used."""
+        with contextlib.suppress(SpoolError):
+            self.probe_now()
+
     def over(self, job: str, *, is_answered: bool) -> None:
         """Note that a worker has ended with a job; see ``Account.over``."""
         with contextlib.suppress(SpoolError):  # it is written later

@@ -27,7 +27,7 @@ from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from imagewatch.config.schema import Limits
     from imagewatch.daemon.jobs import Job
@@ -121,7 +121,7 @@ class Admission:
         self._stamp = key_stamp()
         self.announcements.configure()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
-        self._probe_account()
+        self.shared.probe_soon()
 
     # What may be done
 
@@ -278,17 +278,8 @@ class Admission:
         """Begin and end the holds of a shared account here, too."""
         begun, ended = self.shared.read()
         if begun:
-            self._on_change(at_once=True)
-            self.wait_for_first_bytes()
-            self._remember()
-        for hold in begun:
-            self._log_begin(hold)
+            self._began(begun)
         self._end(ended)
-
-    def _probe_account(self) -> None:
-        """Let the next probe of the account's holds be sent immediately, if the database can be used."""
-        with contextlib.suppress(SpoolError):
-            self.shared.probe_now()
 
     def check_key(self) -> None:
         """Check whether the key file was changed, if that is due."""
@@ -300,7 +291,7 @@ class Admission:
             _log.info("key_changed")
             for kind in _ACCOUNT:
                 self._end(self._holds.clear(kind))
-            self._probe_account()
+            self.shared.probe_soon()
 
     def watches_key(self) -> bool:
         """Return whether there is a hold that a changed key would end."""
@@ -344,17 +335,11 @@ class Admission:
         if reason.error is not None:
             self.failed(reason.error)
         elif self.shared.concerns(reason.kind):
-            self._follow_account()
+            self.follow()
         elif others in {Others.CONTINUE, Others.FITTING} or reason.folder:
             pass
         elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
             self._begin(reason)
-
-    def _follow_account(self) -> None:
-        try:
-            self._read_account()
-        except SpoolError as error:
-            self.failed(error)
 
     def upload_broke(self, job: str, reason: Reason, began: float) -> None:
         """Note that the upload of a job was cut off: of one job for its own reasons, of several by the network.
@@ -388,16 +373,8 @@ class Admission:
             self._on_change(at_once=not all(hold.brief for hold in (*begun, *ended)))
         if begun or ended or self.announcements.is_due():
             self._remember()
-        for hold in begun:
-            whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
-            end = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
-            reason, next_step = hold.reason.message, hold.reason.next
-            if not hold.brief:
-                _log.warning("held", kind=hold.kind, **whose, reason=reason, next=next_step, **end)
-        for hold in ended:
-            whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
-            if not hold.brief:
-                _log.info("released", kind=hold.kind, **whose)
+        _log_begin([hold for hold in begun if not hold.brief], self._now(), self.ends)
+        _log_end(ended)
 
     def _begin(self, reason: Reason) -> None:
         kind = reason.kind
@@ -406,24 +383,21 @@ class Admission:
         reason = self._with_step(reason)
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
-        now = self._now()
         if reason.error is not None:
             known = self.stores.is_logged(kind, reason.error, is_held=self._holds.has(kind))
         else:
-            known = kind != "manual" and self._holds.waits(kind, now)
-        hold = self._holds.add(reason, now)
-        self._on_change(at_once=not known and not hold.brief)
+            known = kind != "manual" and self._holds.waits(kind, self._now())
+        hold = self._holds.add(reason, self._now())
         if known:
-            return
+            self._on_change(at_once=False)
+        else:
+            self._began([hold])
+
+    def _began(self, holds: list[Hold]) -> None:
+        self._on_change(at_once=any(not hold.brief for hold in holds))
         self.wait_for_first_bytes()
         self._remember()
-        self._log_begin(hold)
-
-    def _log_begin(self, hold: Hold) -> None:
-        fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
-        if math.isfinite(hold.until):
-            fields |= {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
-        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
+        _log_begin(holds, self._now(), self.ends)
 
     def _with_step(self, reason: Reason) -> Reason:
         """Return a reason with its next step, which for the key depends on where the key comes from."""
@@ -437,8 +411,7 @@ class Admission:
             self._ended[hold.kind] = self._now()
             if hold.kind == "database":
                 self.on_database_back()
-            if not hold.brief:
-                _log.info("released", kind=hold.kind)
+        _log_end(ended)
 
     def _remember(self) -> None:
         """Write the refusals for the next start, so that not every start makes a prompt fail with the same one.
@@ -481,3 +454,26 @@ class Admission:
         """Return whether a hold, brief ones aside, forbids any request now."""
         hold = self.first()
         return hold is not None and self._now() < hold.until
+
+
+def _log_begin(holds: Iterable[Hold], now: float, ends: Callable[[Hold], str | None]) -> None:
+    for hold in holds:
+        fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
+        if hold.folder:
+            fields["folder"] = hold.folder
+        elif hold.provider:
+            fields["provider"] = hold.provider
+        if math.isfinite(hold.until):
+            fields |= {"seconds": round(hold.until - now, 1), "next_try_at": ends(hold)}
+        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
+
+
+def _log_end(holds: Iterable[Hold]) -> None:
+    for hold in holds:
+        fields: dict[str, object] = {"kind": hold.kind}
+        if hold.folder:
+            fields["folder"] = hold.folder
+        elif hold.provider:
+            fields["provider"] = hold.provider
+        if not hold.brief:
+            _log.info("released", **fields)

@@ -9,7 +9,8 @@ before the claim       ``_may_claim``: no hold, or one probe (``Admission.slots`
                        room on the disk (``Admission.has_room``); no folder closed for a stuck job
                        (``Intake.may_claim``). Then ``_admits``: the cost fits below the caps (``Journal.open``
                        reserves it)
-when it is recorded    ``Journal.spend``: requests in this minute, a manual hold, and the caps once more
+when it is recorded    ``Journal.spend``: requests in this minute, a manual hold, those of a shared account,
+                       and the caps once more
 at the first byte      ``Admission.leaving``: no hold has begun since, and the daemon is not ending
 =====================  =================================================================================================
 """

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch.daemon.jobs import Job
-from imagewatch.journal.files import path_in
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class Instructions:
         parts.admission.announcements.accepted()
         parts.control.accepted_ledger()
         parts.journal.requests.release()  # the hold was for the other ledger
-        _log.warning("ledger_accepted", ledger=path_in(parts.spool.state))
+        _log.warning("ledger_accepted", ledger=parts.journal.file.path or "shared database")
         self._recovery.take_up_others()
 
     def _reopen(self, job: str) -> None:

@@ -7,6 +7,7 @@ mailbox; the loop takes them out.
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from imagewatch.journal.holds import Hold, Holds
 from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import ConfigError, SpoolError
+from imagewatch.system.errors import ConfigError, DatabaseError, SpoolError
 from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_INTERNAL, EXIT_SPOOL
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 3600.0
 _LONGEST_SCAN = 5.0
 """How long ``once`` scans at most at its end, seconds."""
+_DATABASE_SECONDS, _DATABASE_PAUSE = 60.0, 3.0
+"""How long a service that starts waits for a shared database that cannot be reached, and between two tries, seconds."""
 _NOTIFY_SECONDS = 10.0
 """How long notifications that are due are delivered at the end, seconds; the others wait for the next start."""
 _FIXED = ("folders", "outbox", "shared")
@@ -107,7 +110,8 @@ class Daemon:
         with as_messages(parts.mailbox, self._admission.drain):
             parts.spool.lock()
             try:
-                parts.begin()
+                if not self._begin_parts():
+                    return 0
                 parts.configure(parts.config)
                 with self._dispatch.pool:
                     try:
@@ -118,6 +122,26 @@ class Daemon:
             finally:
                 parts.spool.unlock()
         return self._exit_code()
+
+    def _begin_parts(self) -> bool:
+        """Make sure that everything can be used; return whether no signal to stop came meanwhile.
+
+        A service waits for its shared database for a minute: systemd starts it only so often.
+        """
+        notify, until = self._parts.notify, self._now()
+        until += _DATABASE_SECONDS if notify.is_heard else 0.0
+        while True:
+            try:
+                self._parts.begin()
+            except DatabaseError as error:
+                if error.code != errno.EIO or self._now() >= until:
+                    raise
+                notify.send(STATUS=f"waiting: {error}")
+            else:
+                return True
+            for message in self._parts.mailbox.wait(_DATABASE_PAUSE):
+                if isinstance(message, Signalled) and message.number != signal.SIGHUP:
+                    return False
 
     def _begin(self) -> None:
         if seconds := self._parts.notify.watchdog_seconds:

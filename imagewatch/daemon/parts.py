@@ -104,7 +104,7 @@ class Parts:
             ImagewatchError: They cannot.
         """
         self.spool.prepare()
-        opening.begin(self.config, self.journal, self.disk)
+        opening.begin(self.config, self.journal, self.disk, replaces=self.control.accepts_ledger())
 
     def watch_account(self) -> None:
         """Let other daemons of a shared account see this one, and hear of what concerns the account."""

@@ -241,6 +241,7 @@ class Status:
                 "folders": {printable(path): self.polled[path] for path in sorted(self.polled)[:_MOST_NAMES]},
             },
             "inbox": printable(self._config.folders.inbox),
+            "account": printable(self._config.shared.account) if self._config.shared.database else None,
             "notice": self.notice,
             "endpoint": self._config.endpoint.base_url,
             "waiting": {

@@ -31,6 +31,11 @@ class Notify:
         microseconds = environ.get("WATCHDOG_USEC", "")
         self.watchdog_seconds = int(microseconds) / 1e6 if microseconds.isdigit() else None
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether there is a service manager."""
+        return bool(self._address)
+
     def send(self, **fields: str) -> None:
         """Send fields such as ``READY="1"`` or ``STATUS="…"``; it is no error if the manager does not receive them."""
         if not self._address:

@@ -18,11 +18,13 @@ The modules, in the order in which they are read::
     books    what the budget asks of the journal
     prices   what a request may cost, from earlier charges
     holds    Holds: why nothing is sent, and until when
+    account  holds that concern all daemons of a shared account, and these daemons
     events   what is to be notified, each event in the transaction of what it reports
     requests what commands ask of a daemon, and the holds that last over a restart
     control  the file that wakes the daemon for them
     postgres the shared database, in the place of SQLite's file
     forgetting what becomes of the jobs of a daemon that does not come back
+    moving   moves the journal of a stopped daemon between its state folder and a shared database
     counted  how many attempts a daemon has recorded in a shared database
     earlier  jobs that an earlier version has left in files
 """

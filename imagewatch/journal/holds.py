@@ -16,6 +16,8 @@ endpoint or the network        ``imagewatch release``. Those about the account a
 ``disk``                       a test file that can be written
 ``database``                   a test row that can be written; the local disk is tested separately
 ``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
+those of a shared account      a response to its probe, or ``imagewatch release --account`` (``journal.account``). A
+                               reload, a changed key and a release on one host only let the next probe be sent
 =============================  =========================================================================================
 
 A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. A budget holds only

@@ -120,11 +120,13 @@ class Ledger:
             newest: Only so many of the newest.
 
         Returns:
-            Oldest first. ``redelivered`` is how often its files came again.
+            Oldest first. ``redelivered`` is how often its files came again. In a shared database, ``instance`` is the
+            daemon that sent it.
         """
+        whose = ["a.instance"] if self._file.is_shared else []
         question = f"""
             SELECT * FROM (
-                SELECT {", ".join(f"a.{name}" for name in COLUMNS if name not in {"attempt", "credits"})},
+                SELECT {", ".join(whose + [f"a.{name}" for name in COLUMNS if name not in {"attempt", "credits"}])},
                        s.attempts, s.credits, coalesce(r.times, 0) AS redelivered
                 FROM (
                     SELECT job, max(attempt) AS attempts, sum(credits) AS credits FROM attempts

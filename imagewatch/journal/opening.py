@@ -23,10 +23,10 @@ from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import ConfigError, DatabaseError, Problem, SpoolError
+from imagewatch.system.errors import ConfigError, DatabaseError, Problem, SpoolError, UncertainError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config.schema import Config
     from imagewatch.journal.postgres.database import PostgresDatabase
@@ -40,18 +40,20 @@ SHARED = "shared"
 _MOST_BYTES = 65_536
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True):
+class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whose jobs a state folder has, in a shared database.
 
     Attributes:
         account: The account.
         instance: The daemon.
         place: Random, of this state folder.
+        moving: Where ``imagewatch migrate`` moves the journal: ``postgresql`` or ``sqlite``; empty: that is over.
     """
 
     account: str
     instance: str
     place: str
+    moving: str = ""
 
 
 def member_of(state: str) -> Member | None:
@@ -127,6 +129,10 @@ def problem(config: Config) -> SpoolError | None:
             return ledger_problem(config.folders.state)
         with contextlib.closing(open_journal(config, lambda: 0.0)) as journal:
             journal.require()
+            member = member_of(config.folders.state)
+            database: PostgresDatabase = journal.file  # type: ignore[assignment]
+            recorded = Counted(config.folders.state).read()
+            database.require_own(member.place if member else "", config.shared.lease_seconds, recorded=recorded)
     except SpoolError as error:
         return error
     return None
@@ -140,17 +146,31 @@ def require_own_store(config: Config) -> None:
     """
     state, shared = config.folders.state, config.shared
     member, path = member_of(state), path_in(state)
-    if not shared.database:
-        if member is None:
-            return
+    if member is not None and member.moving:
+        why = f"the journal is being moved, and that is not finished: {state}"
+        hint = f"run it again, with [shared] configured: imagewatch migrate --to {member.moving}"
+    elif member is not None and not shared.database:
         why = f"the jobs of this state folder are in a shared database (account {member.account}): {state}"
-        hint = "configure [shared] again; or, while the daemon is stopped: imagewatch migrate --to sqlite"
-    elif member is None:
-        if not os.path.lexists(path):
-            return
+        hint = "configure [shared] again; or move them while the daemon is stopped: imagewatch migrate --to sqlite"
+    elif member is not None:
+        require_same_names(member, config)
+        return
+    elif shared.database and os.path.lexists(path):
         why = f"this state folder has a ledger of its own: {path}"
-        hint = "copy it into the shared database while the daemon is stopped: imagewatch migrate --to postgresql"
-    elif member.account != shared.account:
+        hint = "move it into the shared database while the daemon is stopped: imagewatch migrate --to postgresql"
+    else:
+        return
+    raise SpoolError(why, path=state, hint=hint)
+
+
+def require_same_names(member: Member, config: Config) -> None:
+    """Make sure that a state folder belongs to the account and the instance that the configuration names.
+
+    Raises:
+        SpoolError: It belongs to others.
+    """
+    state, shared = config.folders.state, config.shared
+    if member.account != shared.account:
         why = f"the jobs of this state folder belong to the account {member.account}, not {shared.account}: {state}"
         hint = f'set shared.account = "{member.account}"; or use another state folder'
     elif shared.instance and shared.instance != member.instance:
@@ -161,8 +181,14 @@ def require_own_store(config: Config) -> None:
     raise SpoolError(why, path=state, hint=hint)
 
 
-def begin(config: Config, journal: Journal, disk: Disk) -> None:
+def begin(config: Config, journal: Journal, disk: Disk, *, replaces: bool = False) -> None:
     """Let a shared database know that the daemon of a configuration starts; without one there is nothing to do.
+
+    Args:
+        config: State folder, shared database.
+        journal: Its journal.
+        disk: The local disk.
+        replaces: Whether its state folder takes the place of a lost one.
 
     Raises:
         ConfigError: The server must not be used as it is, or has no tables.
@@ -175,22 +201,55 @@ def begin(config: Config, journal: Journal, disk: Disk) -> None:
         return
     database: PostgresDatabase = journal.file  # type: ignore[assignment]
     state = config.folders.state
-    member = member_of(state)
-    if member is None:
-        member = Member(account=config.shared.account, instance=database.place.instance, place=secrets.token_hex(16))
-        disk.write(os.path.join(state, SHARED), msgspec.json.encode(member))
+    known = member_of(state)
+    member = known or new_member(database.place)
+    if known is None:
+        write_member(state, member, disk)
     try:
-        counted = Counted(state)
+        _register(config, database, member, replaces=replaces)
+    except UncertainError:
+        raise
+    except (ConfigError, SpoolError):
+        if known is None:  # nothing of it is in the database
+            disk.unlink(os.path.join(state, SHARED))
+        raise
+
+
+def _register(config: Config, database: PostgresDatabase, member: Member, *, replaces: bool) -> None:
+    counted, folder, lease = Counted(config.folders.state), config.folders.inbox, config.shared.lease_seconds
+    if replaces:
+        counted.write(0)
+    with unusable_as_config():
+        database.require_direct()
         database.register(
             socket.gethostname(),
-            config.folders.inbox,
+            folder,
             member.place,
-            config.shared.lease_seconds,
+            lease,
+            replaces=replaces,
             recorded=counted.read(),
             note=counted.write,
         )
+
+
+def new_member(place: Place, moving: str = "") -> Member:
+    """Return what a state folder notes that gets a place in a shared database."""
+    return Member(account=place.account, instance=place.instance, place=secrets.token_hex(16), moving=moving)
+
+
+def write_member(state: str, member: Member, disk: Disk) -> None:
+    """Note whose jobs a state folder has in a shared database; that survives a power cut."""
+    disk.write(os.path.join(state, SHARED), msgspec.json.encode(member))
+    disk.sync_folder(state)
+
+
+@contextlib.contextmanager
+def unusable_as_config() -> Iterator[None]:
+    """Report a server that must not be used as it is as an error of the configuration."""
+    try:
+        yield
     except DatabaseError as error:
-        if error.code == errno.EPROTO:  # the server must not be used as it is
+        if error.code == errno.EPROTO:
             raise ConfigError([Problem("shared.database", str(error), error.hint)]) from error
         raise
 

@@ -184,17 +184,27 @@ class Secrets:
 
     def __init__(self) -> None:
         self._masks: tuple[Mask, ...] = ()
+        self._lasting: frozenset[Mask] = frozenset()
         self._lock = threading.Lock()
 
-    def remember(self, mask: Mask) -> None:
-        """Mask this secret from now on. One that may be an ordinary word is left out."""
+    def remember(self, mask: Mask, *, lasting: bool = False) -> None:
+        """Mask this secret from now on. One that may be an ordinary word is left out.
+
+        Args:
+            mask: Replaces it.
+            lasting: Whether others that come later do not take its place.
+        """
         with self._lock:
-            if mask.is_told_apart and mask not in self._masks:
-                self._masks = (mask, *self._masks)[:_MOST_KNOWN]
+            if not mask.is_told_apart:
+                return
+            self._lasting |= {mask} if lasting else frozenset()
+            if mask not in self._masks:
+                others = [one for one in self._masks if one not in self._lasting]
+                self._masks = (*self._lasting, *(() if lasting else (mask,)), *others[: _MOST_KNOWN - 1])
 
     def forget(self) -> None:
         """Forget all secrets; nothing is masked any more."""
-        self._masks = ()
+        self._masks, self._lasting = (), frozenset()
 
     def text(self, text: str) -> str:
         """Return a text without them."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import stat
 import string
 import sys
 import traceback
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -19,6 +16,7 @@ from imagewatch.config.load import load
 from imagewatch.config.schema import Config, Folders, Shared
 from imagewatch.config.shared import conninfo, instance_of, require_psycopg
 from imagewatch.system.errors import ConfigError
+from imagewatch.system.masking import Mask, known
 
 SECRET = "Zq7Xw9Kv3"
 """It has nothing in common with the texts of any message."""
@@ -260,42 +258,40 @@ def test_the_names_of_two_inboxes_are_different_short_and_printable(one, two):
 # --- the connection
 
 
-def test_the_password_file_is_the_credential_that_systemd_passes(tmp_path):
+def test_the_password_is_the_credential_that_systemd_passes(tmp_path):
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     service = Shared(database="service=imagewatch")
     assert conninfo(service, environ) == conninfo(service, {}) == {}
-    (tmp_path / "pgpass").write_text("")
-    (tmp_path / "pgpass").chmod(0o600)
-    assert conninfo(service, environ) == {"passfile": str(tmp_path / "pgpass")}
+    credential = tmp_path / "database_password"
+    credential.write_text(f"{SECRET} it's\n")
+    credential.chmod(0o440)
+    assert conninfo(service, environ) == {"password": f"{SECRET} it's"}
+    for number in range(20):
+        known.remember(Mask(f"another-secret-{number}"))
+    assert known.text(f"before {SECRET} it's after") == "before *** after"
     assert conninfo(Shared(database="postgresql://db?passfile=/etc/mine"), environ) == {}
 
 
-def test_a_credential_that_looks_readable_for_a_group_is_copied_so_that_libpq_uses_it(tmp_path):
-    file = tmp_path / "pgpass"
-    file.write_text(f"*:*:*:*:{SECRET}\n")
-    file.chmod(0o440)  # as systemd does for the user of a service
-    first, second = (conninfo(Shared(), {"CREDENTIALS_DIRECTORY": str(tmp_path)})["passfile"] for _ in range(2))
-    assert first == second != str(file)
-    assert Path(first).read_text() == file.read_text()
-    assert stat.S_IMODE(Path(first).stat().st_mode) == 0o400
-    assert not os.get_inheritable(int(Path(first).name))
+@pytest.mark.parametrize("content", [b"", b"\n", b"one\ntwo\n", b"a\0b", b"\xff" + SECRET.encode(), b"x" * 5000])
+def test_a_credential_that_holds_no_password_is_refused_and_not_shown(tmp_path, content):
+    (tmp_path / "database_password").write_bytes(content)
+    with pytest.raises(ConfigError, match="credential database_password") as refused_:
+        conninfo(Shared(database="service=imagewatch"), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert SECRET not in str(refused_.value)
 
 
-def test_libpq_finds_the_password_in_a_credential_as_systemd_passes_it(own_postgres, tmp_path):
+def test_the_server_accepts_the_password_in_a_credential_as_systemd_passes_it(own_postgres, tmp_path):
     psycopg = pytest.importorskip("psycopg", reason="psycopg (the extra postgres) is not installed")
-    uri = own_postgres.user("guarded", SECRET)
-    file = tmp_path / "pgpass"
-    file.write_text(f"127.0.0.1:{own_postgres.port}:*:guarded:{SECRET}\n")
-    file.chmod(0o440)
-    with pytest.raises(psycopg.OperationalError, match="no password supplied"):
-        psycopg.connect(uri, passfile=str(file))
-    for _ in range(2):
-        psycopg.connect(uri, **conninfo(Shared(database=uri), {"CREDENTIALS_DIRECTORY": str(tmp_path)})).close()
+    uri = own_postgres.user("guarded", f"{SECRET} it's")
+    file = tmp_path / "database_password"
+    file.write_text(f"{SECRET} it's\n")
+    file.chmod(0o440)  # as systemd does for the user of a service
+    psycopg.connect(uri, **conninfo(Shared(database=uri), {"CREDENTIALS_DIRECTORY": str(tmp_path)})).close()
 
 
 def test_a_credential_that_cannot_be_read_is_a_fault_of_the_configuration(tmp_path):
-    (tmp_path / "pgpass").mkdir()
-    with pytest.raises(ConfigError, match="credential pgpass: is not a regular file"):
+    (tmp_path / "database_password").mkdir()
+    with pytest.raises(ConfigError, match="credential database_password: is not a regular file"):
         conninfo(Shared(), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
 
 

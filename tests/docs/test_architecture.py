@@ -129,6 +129,41 @@ def test_a_library_is_used_by_few_packages(library, packages):
     assert {path.relative_to(PACKAGE).parts[0] for path in users} == packages
 
 
+def test_only_the_package_for_postgresql_imports_its_library_and_that_package_is_imported_when_it_is_used():
+    package = "imagewatch.journal.postgres"
+    for path in PACKAGE.rglob("*.py"):
+        if path.is_relative_to(PACKAGE / "journal/postgres"):
+            continue
+        assert "psycopg" not in {name.split(".")[0] for name in imported(path)}, path.name
+        at_start = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [node for node in at_start if package in ast.unparse(node)], f"{path.name}: psycopg is an extra"
+
+
+SQL = re.compile(
+    r"\A\s*(SELECT\s.*\sFROM\s|INSERT\s+INTO\s|UPDATE\s+\w+\s+SET\s|DELETE\s+FROM\s|CREATE\s+(TABLE|INDEX|VIEW)\s|PRAGMA\s)",
+    re.DOTALL,
+)
+BASE_TABLE = re.compile(r"\bimagewatch\.(?=\w+)(?!view)|\{SCHEMA\}\.")
+
+
+def texts(path: Path) -> set[str]:
+    """Return the text constants of a module; those of an f-string as they are written."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant | ast.JoinedStr)]
+    plain = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return plain | {ast.unparse(node).removeprefix("f")[1:-1] for node in nodes if isinstance(node, ast.JoinedStr)}
+
+
+def test_only_the_package_of_the_journal_has_sql():
+    found = {path for path in PACKAGE.rglob("*.py") if any(SQL.match(text) for text in texts(path))}
+    assert {path.relative_to(PACKAGE).parts[0] for path in found} == {"journal"}
+
+
+def test_no_query_outside_of_the_package_for_postgresql_names_a_table_beside_its_view():
+    for path in (PACKAGE / "journal").glob("*.py"):
+        named = {text for text in texts(path) if SQL.match(text) and BASE_TABLE.search(text)}
+        assert not named, path.name
+
+
 def test_only_system_disk_and_the_files_of_sqlite_change_names_on_a_disk():
     changing = {"replace", "rename", "renames", "unlink", "remove", "rmdir", "link", "symlink", "fsync", "makedirs"}
     for path in PACKAGE.rglob("*.py"):

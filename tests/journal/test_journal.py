@@ -246,8 +246,8 @@ def test_during_a_manual_hold_no_process_records_an_attempt(make: Callable[..., 
 def test_what_a_command_asks_for_is_known_to_other_processes_until_it_is_done(make: Callable[..., Journal]) -> None:
     journal, other = make(), make()
     journal.requests.hold("out of office")
-    journal.requests.refuse({"credits": "too few"})
-    assert (other.requests.held(), other.requests.refused()) == ("out of office", {"credits": "too few"})
+    journal.requests.refuse({"key": "not accepted"})
+    assert (other.requests.held(), other.requests.refused()) == ("out of office", {"key": "not accepted"})
     journal.requests.release()
     journal.requests.retry("a")
     journal.requests.retry("a")
@@ -627,14 +627,14 @@ def test_a_charge_that_is_recorded_before_the_decision_counts_for_the_cap(make: 
 def test_the_begin_and_the_end_of_a_hold_are_written_once_with_the_hold(make: Callable[..., Journal]) -> None:
     journal = notifying(make)
     for _ in range(2):
-        journal.events.stage("held", "hold:credits:", {"kind": "credits"})
+        journal.events.stage("held", "hold:key:", {"kind": "key"})
         staged = journal.events.staged()
-        journal.requests.refuse({"credits": "none left"}, staged)
+        journal.requests.refuse({"key": "none left"}, staged)
         journal.events.written(staged)
     assert journal.events.staged() == []
-    assert (make().requests.refused(), make().events.announced()) == ({"credits": "none left"}, {"hold:credits:": NOW})
+    assert (make().requests.refused(), make().events.announced()) == ({"key": "none left"}, {"hold:key:": NOW})
     for _ in range(2):
-        journal.events.stage("released", "hold:credits:", {"kind": "credits"})
+        journal.events.stage("released", "hold:key:", {"kind": "key"})
         staged = journal.events.staged()
         journal.requests.refuse({}, staged)
         journal.events.written(staged)

@@ -165,7 +165,7 @@ def step(journal: Journal, clock: Clock, what: str, job: str, folder: str) -> ob
         "finish": lambda: journal.finish(job),
         "stick": lambda: journal.set_stuck(job),
         "hold": lambda: journal.requests.hold(folder),
-        "refuse": lambda: journal.requests.refuse({"credits": folder, "endpoint": job}),
+        "refuse": lambda: journal.requests.refuse({"unreachable": folder, "endpoint": job}),
         "release": journal.requests.release,
         "released": lambda: journal.requests.released(clock()),
         "retry": lambda: journal.requests.retry(job),
@@ -177,8 +177,13 @@ def step(journal: Journal, clock: Clock, what: str, job: str, folder: str) -> ob
         "correct": journal.correct_times,
         "wait": lambda: setattr(clock, "now", clock.now + 9 * 86_400),
     }
+    return tried(acts[what])
+
+
+def tried(act: Callable[..., object], *arguments: object) -> object:
+    """Return what something returns, or the name of its error."""
     try:
-        return acts[what]()
+        return act(*arguments)
     except SpoolError as error:
         return type(error).__name__
 
@@ -206,7 +211,7 @@ def state(journal: Journal) -> list[Any]:
     found = [answers(journal, []), budget.spent(), budget.spent("anna"), budget.cost(FLUX), budget.spent_in("anna")]
     found += [requests.held(), requests.since(), requests.refused(), requests.passed(), requests.retries()]
     found += [requests.release_pending(), events.announced(), events.counts(), journal.ledger.balance()]
-    return [*found, [[journal.job(job), journal.is_over(job)] for job in ALL_JOBS]]
+    return [*found, [[tried(journal.job, job), journal.is_over(job)] for job in ALL_JOBS]]
 
 
 @SLOW

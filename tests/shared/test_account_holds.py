@@ -140,10 +140,129 @@ def test_one_probe_is_in_flight_at_a_time_over_all_daemons(account: Account, san
     until(lambda: account.completed() == 8, saw=account.log)
 
 
+def test_a_daemon_that_starts_during_a_hold_of_the_account_sends_nothing_and_reports_no_prompt(
+    account: Account, sandbox: Sandbox
+) -> None:
+    sandbox.balance = 0
+    account.start("one", first_seconds=LONG)
+    account.prompts(1)
+    until(account.errors, saw=account.log)
+    account.member("two")
+    account.prompts(1)
+    (late,) = account.start("two", first_seconds=LONG)
+    assert late.wait_for("held")["kind"] == "credits"
+    assert late.events("held")[0]["seconds"] > LONG / 2
+    assert (sandbox.report()["requests"], len(account.errors())) == (1, 1)
+
+
+def test_another_daemon_probes_after_the_one_that_probed_was_killed(account: Account, sandbox: Sandbox) -> None:
+    short = {"endpoint__deadline_seconds": "2"}
+    sandbox.balance = 0
+    account.member("one", **short)
+    account.start("one", grace_seconds=0.5)
+    account.folders["one"].prompt("first", "a cat")
+    account.folders["one"].prompt("second", "a dog")
+    until(account.errors, saw=account.log)
+    sandbox.hold()
+    until(lambda: _in_flight(sandbox, account) == 1, saw=account.log)
+    account.daemons["one"].kill()
+    sandbox.balance = None
+    sandbox.release()
+    before = sandbox.report()["requests"]
+    account.member("two", **short)
+    account.folders["two"].prompt("third", "a bird")
+    account.start("two", grace_seconds=0.5)
+    assert sandbox.wait_for_requests(before + 1, 20), account.log()
+    until((account.folders["two"].outbox / "third.receipt.toml").exists, saw=account.log)
+    assert account.daemons["two"].wait_for("released")["kind"] == "credits"
+
+
+def test_release_on_one_host_sends_the_next_probe_immediately(account: Account, sandbox: Sandbox) -> None:
+    sandbox.balance = 0
+    account.start("one", "two", first_seconds=LONG)
+    account.prompts(2)
+    until_held(account)
+    until(account.errors, saw=account.log)
+    sandbox.balance = None
+    assert command(account.folders["one"], "release").returncode == 0
+    until(lambda: account.completed() == 3, saw=account.log)
+
+
+def test_no_daemon_of_the_account_records_an_attempt_after_hold_account_returned(
+    account: Account, sandbox: Sandbox, postgres: Server
+) -> None:
+    account.start("one", "two")
+    account.prompts(60)
+    assert sandbox.wait_for_requests(4, 20), account.log()
+    held = command(account.folders["one"], "hold", "--account", "the invoice is checked")
+    attempts = rows(postgres, account, "SELECT count(*) FROM imagewatch.attempts")
+    assert held.returncode == 0, held.stderr
+    until_held(account, "manual_account")
+    account.member("three")
+    account.folders["three"].prompt("late", "a late cat")
+    account.start("three")
+    until_held(account, "manual_account")
+    assert command(account.folders["two"], "release").stdout.startswith("Released; but the account is on hold: the inv")
+    until(lambda: not any(json.loads(_status(one))["in_flight"] for one in account.folders.values()), saw=account.log)
+    assert rows(postgres, account, "SELECT count(*) FROM imagewatch.attempts") == attempts
+    assert attempts < [(120,)]
+    assert command(account.folders["two"], "status").returncode == 69
+    assert command(account.folders["two"], "release", "--account").returncode == 0
+    until(lambda: account.completed() == 121, 60, saw=account.log)
+
+
+def test_hold_and_release_with_account_work_while_the_daemon_of_this_host_is_down(
+    account: Account, sandbox: Sandbox
+) -> None:
+    account.start("one", "two")
+    account.daemons["one"].stop()
+    assert command(account.folders["one"], "hold", "--account").returncode == 0
+    held = account.daemons["two"].wait_for("held")
+    assert (held["kind"], held["reason"]) == ("manual_account", "put on hold manually, with all daemons of the account")
+    shown = command(account.folders["one"], "status", "--json")
+    assert (shown.returncode, [one["kind"] for one in json.loads(shown.stdout)["holds"]]) == (69, ["manual_account"])
+    account.folders["two"].prompt("cat", "a cat")
+    assert command(account.folders["one"], "release", "--account").returncode == 0
+    until(lambda: account.completed() == 1, saw=account.log)
+    assert command(account.folders["one"], "status").returncode == 0
+
+
+def test_a_manual_hold_of_one_host_outlasts_release_account_on_another(account: Account, sandbox: Sandbox) -> None:
+    account.start("one", "two")
+    assert command(account.folders["two"], "hold", "only here").returncode == 0
+    account.prompts(1)
+    until(lambda: account.completed() == 1, saw=account.log)
+    assert command(account.folders["one"], "release", "--account").returncode == 0
+    assert command(account.folders["two"], "status").returncode == 69
+    assert (sandbox.report()["requests"], account.completed()) == (1, 1)
+
+
+def test_without_a_shared_database_account_is_a_usage_error_that_says_why(folders: Folders) -> None:
+    assert command(folders, "once").returncode == 0
+    for name in ("hold", "release"):
+        done = command(folders, name, "--account")
+        assert done.returncode == 64
+        assert "[shared] database is not set" in done.stderr
+
+
+def test_a_wrong_key_of_one_host_does_not_stop_the_others(account: Account, sandbox: Sandbox) -> None:
+    wrong = account.member("one")
+    wrong.environ["LETTA_API_KEY"] = "sk-let-wrong-0123456789"
+    account.start("one", "two")
+    account.prompts(2)
+    until(lambda: account.completed() == 2, saw=account.log)
+    assert [one["kind"] for one in account.daemons["one"].events("held")] == ["key"]
+    assert account.daemons["two"].events("held") == []
+
+
+def _status(folders: Folders) -> str:
+    return (folders.state / "status.json").read_text()
+
+
 def _in_flight(sandbox: Sandbox, account: Account) -> int:
     """How many requests of the daemons have no response yet."""
     return sum(
-        len(json.loads((folders.state / "status.json").read_text())["in_flight"])
+        len(json.loads(_status(folders))["in_flight"])
         for folders in account.folders.values()
         if (folders.state / "status.json").exists()
     )

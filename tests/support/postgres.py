@@ -76,13 +76,13 @@ def missing() -> str:
     return "" if binaries() else "there is no PostgreSQL server: install the package postgresql"
 
 
-def _new_folder() -> Path:
+def _new_folder(*, in_memory: bool = True) -> Path:
     """A folder for the files of a server: in memory if there is room, which makes it several times faster.
 
     The end of a process loses nothing there. No test cuts the power of PostgreSQL.
     """
     shared = "/dev/shm"
-    has_room = os.path.isdir(shared) and shutil.disk_usage(shared).free > _ROOM_BYTES
+    has_room = in_memory and os.path.isdir(shared) and shutil.disk_usage(shared).free > _ROOM_BYTES
     folder = tempfile.mkdtemp(prefix="iw-pg-", dir=shared if has_room else None)
     if ids := _ids():
         os.chown(folder, *ids)
@@ -125,13 +125,13 @@ class Server:
         folder: All its files; ``folder / "log"`` is what it has logged.
     """
 
-    def __init__(self, name: str = "primary") -> None:
+    def __init__(self, name: str = "primary", *, in_memory: bool = True) -> None:
         found = binaries()
         assert found is not None, missing()
         self._binaries = found
         self._ids = _ids()
         self.name, self.port = name, free_port()
-        self.folder = _new_folder()
+        self.folder = _new_folder(in_memory=in_memory)
         self._folder_watch = _watch("none", self.folder)  # also while the server is stopped
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: subprocess.Popen[bytes] | None = None
@@ -153,6 +153,12 @@ class Server:
     def is_running(self) -> bool:
         """Whether its main process runs."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The number of its main process."""
+        assert self._process is not None
+        return self._process.pid
 
     def log(self) -> str:
         """What it and its tools have written."""

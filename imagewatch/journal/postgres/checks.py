@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import threading
 from typing import TYPE_CHECKING
+
+import psycopg
 
 from imagewatch.journal.postgres.schema import VERSION, version_of
 from imagewatch.system.errors import DatabaseError
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
 
 _OLDEST = 140_000
 """The oldest version of PostgreSQL that is supported, as it numbers itself."""
+_POOLER_SECONDS = 3.0
+"""How long a transaction may take to begin while another one is open."""
 
 
 def problems(session: Session, *, is_replicated: bool, with_tables: bool = True) -> list[tuple[str, str]]:
@@ -74,4 +80,51 @@ def require_usable(session: Session, *, is_replicated: bool) -> None:
         DatabaseError: It must not; the message says why.
     """
     for why, hint in problems(session, is_replicated=is_replicated):
-        raise DatabaseError(f"the shared database {why}", code=errno.EPROTO, hint=hint)
+        raise unusable(why, hint)
+
+
+def unusable(why: str, hint: str) -> DatabaseError:
+    """Return the error for a server that must not be used as it is."""
+    return DatabaseError(f"the shared database {why}", code=errno.EPROTO, hint=hint)
+
+
+def pooler(one: Session, other: Session) -> list[tuple[str, str]]:
+    """Return a problem if a pooler gives each transaction another connection to the server, else nothing.
+
+    Settings, locks and LISTEN belong to a connection, and would be lost. Two transactions overlap, and end in the order
+    in which they began: such a pooler then has two free connections and gives the first session the other one.
+
+    Args:
+        one: A connection.
+        other: Another one to the same server.
+    """
+    before = _begin(one)
+    waits: list[int] = []
+    thread = threading.Thread(target=_try_to_begin, args=(other, waits), daemon=True)
+    thread.start()
+    thread.join(_POOLER_SECONDS)
+    is_pooled = thread.is_alive()  # it has one connection for both
+    one.execute("COMMIT")
+    thread.join(_POOLER_SECONDS)
+    if waits:
+        other.execute("COMMIT")
+    if not is_pooled and _backend(one) == before:
+        return []
+    why = "is behind a pooler that shares its connections between transactions (such as PgBouncer)"
+    return [(why, "connect to PostgreSQL itself, or set pool_mode = session for this database")]
+
+
+def _begin(session: Session) -> int:
+    session.execute("BEGIN")
+    return _backend(session)
+
+
+def _try_to_begin(session: Session, waits: list[int]) -> None:
+    with contextlib.suppress(psycopg.Error):
+        waits.append(_begin(session))
+
+
+def _backend(session: Session) -> int:
+    row = session.execute("SELECT pg_backend_pid() AS pid").fetchone()
+    assert row is not None
+    return int(row["pid"])

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import psycopg
 
 from imagewatch import __version__
-from imagewatch.journal.postgres.checks import require_usable
+from imagewatch.journal.postgres.checks import pooler, require_usable, unusable
 from imagewatch.journal.postgres.faults import AGAIN, lacking, not_answering, replaced, text_of, translated, uncertain
 from imagewatch.journal.postgres.presence import Presence
 from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
-from imagewatch.system.errors import AlreadyRunning, DatabaseError, SpoolError
+from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ _ENDED = """
     WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
     AND incarnation = ?"""
 
+_SAVE, _RELEASE, _UNDO = "SAVEPOINT change", "RELEASE change", "ROLLBACK TO change"
+"""A change that fails is undone alone; the savepoint is still there afterwards."""
 T = TypeVar("T")
 
 
@@ -265,25 +267,29 @@ class PostgresDatabase:
         if self._writer is None or self._writer.raw.closed:
             self._writer, self._writer_id = self._connect("writer", {})
         writer = self._writer
-        with writer.transaction(commit=lambda: self._commit(writer)):
-            if not any(change.synced for change in changes):
-                writer.execute("SET LOCAL synchronous_commit = off")
+        first = [] if any(change.synced for change in changes) else ["SET LOCAL synchronous_commit = off"]
+        first += [_LOCK] if any(change.locked for change in changes) else []
+        with writer.transaction(*first, _SAVE, commit=lambda: self._commit(writer)) as found:
             if any(change.locked for change in changes):
-                self._lock(writer)
-            for change in changes:
+                self._require_own(found[0] if found else None)
+            for number, change in enumerate(changes):
+                if number and changes[number - 1].error is None:
+                    writer.run(_RELEASE, _SAVE)
                 _apply(writer, change)
             recorded = self._count(writer) if any(change.locked and change.synced for change in changes) else 0
         if recorded > self._recorded:
             self._recorded = recorded
             self._note(recorded)
 
-    def _lock(self, writer: Session) -> None:
-        """Let no other daemon of the account spend meanwhile.
+    def _require_own(self, found: Row | None) -> None:
+        """Make sure that this daemon may write, after the account was locked.
+
+        Args:
+            found: What the database has of the daemon.
 
         Raises:
             DatabaseError: This daemon does not have its name any more, or the database lacks what it has recorded.
         """
-        found = writer.execute(_LOCK).fetchone()
         if not self.incarnation:
             return
         if found is None or (found["recorded"] or 0) < self._recorded:
@@ -340,6 +346,48 @@ class PostgresDatabase:
 
     # The daemon
 
+    def require_direct(self) -> None:
+        """Make sure that no pooler gives each transaction another connection.
+
+        Raises:
+            DatabaseError: There is one, or the database cannot be used.
+        """
+        try:
+            with (
+                contextlib.closing(Session(self.place, "check", is_prepared=False)) as one,
+                contextlib.closing(Session(self.place, "check", is_prepared=False)) as other,
+            ):
+                require_usable(one, is_replicated=self.place.is_replicated)
+                for why, hint in pooler(one, other):
+                    raise unusable(why, hint)
+        except psycopg.Error as error:
+            raise translated(error) from error
+
+    def require_own(self, place: str, alive_seconds: float, *, recorded: int = 0) -> None:
+        """Make sure that no daemon with another state folder has the name of this one, and that no request is missing.
+
+        Args:
+            place: Random, of the state folder of this one.
+            alive_seconds: As of ``register``.
+            recorded: As of ``register``.
+
+        Raises:
+            SpoolError: One has, or the database lacks what the daemon has recorded.
+        """
+        with self.using() as connection:
+            self._require_place(connection, place, alive_seconds, recorded)
+
+    def _require_place(self, connection: Connection, place: str, alive_seconds: float, recorded: int) -> None:
+        known = self._known(connection)
+        if known is not None and known["place"] != place:
+            raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
+        if recorded > (known["recorded"] if known else 0):
+            raise lacking()
+
+    def _known(self, connection: Connection) -> Row | None:
+        found: Row | None = connection.execute(_KNOWN, (self.place.instance, self.place.account)).fetchone()
+        return found
+
     def register(
         self,
         host: str,
@@ -347,6 +395,7 @@ class PostgresDatabase:
         place: str,
         alive_seconds: float,
         *,
+        replaces: bool = False,
         recorded: int = 0,
         note: Callable[[int], object] = lambda _: None,
     ) -> None:
@@ -357,6 +406,7 @@ class PostgresDatabase:
             folder: Its inbox on that host.
             place: Random, of its state folder.
             alive_seconds: How long after it was seen last another daemon counts as running.
+            replaces: Whether its state folder takes the place of a lost one.
             recorded: How many attempts it has recorded at least.
             note: Called with that number after each commit that has changed it.
 
@@ -366,12 +416,10 @@ class PostgresDatabase:
         """
 
         def act(connection: Connection) -> int:
-            values = self.place.instance, self.place.account
-            known = connection.execute(_KNOWN, values).fetchone()
-            if known is not None and known["place"] != place:
-                raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
-            if recorded > (known["recorded"] if known else 0):
-                raise lacking()
+            known = self._known(connection)
+            is_running = known is not None and known["place"] != place and known["seconds"] < alive_seconds
+            if is_running or not replaces:
+                self._require_place(connection, place, alive_seconds, recorded)
             given = self.place.instance, self.place.inbox, host, folder, place, __version__
             return int(connection.execute(_REGISTER, given).fetchone()["incarnation"])
 
@@ -409,13 +457,14 @@ class PostgresDatabase:
             connection.execute("INSERT INTO meta (name, value) VALUES ('proved', '')")
 
     def accept(self) -> None:
-        """Refuse: there is nothing in the place of a shared database.
+        """Use what is there: an empty one cannot take the place of a shared database.
 
         Raises:
-            DatabaseError: Always.
+            DatabaseError: It cannot be used.
         """
-        hint = "restore the database from its backup; imagewatch db check"
-        raise DatabaseError("a shared database cannot be replaced by an empty one", code=errno.EINVAL, hint=hint)
+        self._recorded = 0  # it may be an older copy
+        self._note(0)
+        self.prove()
 
     def close(self) -> None:
         """Close the connections; what waits to be written is written first."""
@@ -433,7 +482,6 @@ class PostgresDatabase:
 
 def _apply(writer: Session, change: _Change) -> None:
     """Let a change write. Its own error undoes it alone; what is wrong with the database concerns all of them."""
-    writer.execute("SAVEPOINT change")
     try:
         change.value, change.error = change.act(writer), None
     except (*AGAIN, psycopg.OperationalError):
@@ -442,7 +490,8 @@ def _apply(writer: Session, change: _Change) -> None:
         change.error = SpoolError(text_of(error), hint="please report it")
     except Exception as error:  # noqa: BLE001  it is that of the thread that wrote this
         change.error = translated(error) if isinstance(error, psycopg.Error) else error
-    writer.execute("RELEASE change" if change.error is None else "ROLLBACK TO change")
+    if change.error is not None:
+        writer.run(_UNDO)
 
 
 def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:
@@ -455,4 +504,5 @@ def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:
         "set another shared.instance; or, if this is that daemon and its state folder is lost, accept that what it had "
         "in flight may have been charged: imagewatch release --accept-new-ledger"
     )
-    return SpoolError(f"the instance name {printable(name)} belongs to {whose}, with another state folder", hint=hint)
+    message = f"the instance name {printable(name)} belongs to {whose}, with another state folder"
+    return SpoolError(message, code=errno.ESTALE, hint=hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 import psycopg
 
@@ -13,6 +14,10 @@ _CHECK = "check the server and the network (imagewatch db check); the daemon res
 _CAUSES: dict[type[psycopg.Error], tuple[str, str]] = {
     psycopg.errors.UndefinedTable: ("has no tables of imagewatch", "make them: imagewatch db init"),
     psycopg.errors.InvalidSchemaName: ("has no tables of imagewatch", "make them: imagewatch db init"),
+    psycopg.errors.DuplicatePreparedStatement: (
+        "is behind a pooler that shares its connections between transactions",
+        "connect to PostgreSQL itself, or set pool_mode = session for this database",
+    ),
     psycopg.errors.UndefinedFunction: ("has tables of another version", "imagewatch db check"),
     psycopg.errors.UndefinedColumn: ("has tables of another version", "imagewatch db check"),
     psycopg.errors.InsufficientPrivilege: (
@@ -34,6 +39,8 @@ _CAUSES: dict[type[psycopg.Error], tuple[str, str]] = {
     psycopg.errors.InvalidCatalogName: ("does not exist", "create it, then: imagewatch db init"),
     psycopg.errors.TooManyConnections: ("has too many connections", "raise max_connections of the server"),
 }
+_READ_ONLY = re.compile("session is (?:read-only|not read-write)")
+"""What libpq says of a server with target_session_attrs = read-write."""
 AGAIN = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
 """The transaction was undone and may succeed now."""
 
@@ -43,6 +50,9 @@ def translated(error: psycopg.Error) -> DatabaseError:
     for kind, (why, hint) in _CAUSES.items():
         if isinstance(error, kind):
             return DatabaseError(f"the shared database {why}: {_text(error)}", code=errno.EIO, hint=hint)
+    if isinstance(error, psycopg.OperationalError) and _READ_ONLY.search(str(error)):
+        hint = "connect to the primary server, or make this one the primary; the daemon resumes automatically"
+        return DatabaseError(f"the shared database is a standby: {_text(error)}", code=errno.EIO, hint=hint)
     if isinstance(error, psycopg.OperationalError):
         return DatabaseError(f"the shared database cannot be reached: {_text(error)}", code=errno.EIO, hint=_CHECK)
     return DatabaseError(f"the shared database reports an error: {_text(error)}", code=errno.EIO, hint=_CHECK)

@@ -18,7 +18,7 @@ class Place:
         account: The paid account.
         inbox: Whose prompts they are.
         instance: Name of the daemon.
-        parameters: More parameters of the connection, such as the password file.
+        parameters: More parameters of the connection: the password, which is not shown.
         is_replicated: Whether the server must have a synchronous standby.
     """
 
@@ -26,5 +26,5 @@ class Place:
     account: str
     inbox: str
     instance: str
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
     is_replicated: bool = True

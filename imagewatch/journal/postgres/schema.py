@@ -283,7 +283,7 @@ CREATE TRIGGER counted AFTER INSERT ON attempts FOR EACH ROW EXECUTE FUNCTION co
 CREATE FUNCTION keep_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     RAISE EXCEPTION 'an attempt is never deleted: it is what keeps a request from being sent again';
 END $$;
-CREATE TRIGGER never_deleted BEFORE DELETE ON attempts FOR EACH STATEMENT EXECUTE FUNCTION keep_attempts();
+CREATE TRIGGER never_deleted BEFORE DELETE OR TRUNCATE ON attempts FOR EACH STATEMENT EXECUTE FUNCTION keep_attempts();
 """  # noqa: S608  our own names
 
 

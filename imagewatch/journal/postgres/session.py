@@ -33,7 +33,7 @@ ANSWER_SECONDS = 10
 _SILENT_SECONDS = ANSWER_SECONDS + 2.0
 """How long a statement may take, seconds. Where the server's time limits do not help, as it hangs, this one does."""
 _LOCK_SECONDS = 5
-_MOST = 1e300
+MOST = 1e300
 """What is larger is stored as this: a sum beyond the largest number would be an error."""
 _SETTINGS = {
     "search_path": VIEWS,
@@ -101,8 +101,8 @@ def _storable(value: object) -> object:
     """Return a value that PostgreSQL accepts and can sum up: no NUL, no bytes that were never text, no huge number."""
     if isinstance(value, str):
         return whole(value).replace("\0", "\ufffd")
-    if isinstance(value, float) and not -_MOST < value < _MOST:
-        return None if math.isnan(value) else math.copysign(_MOST, value)
+    if isinstance(value, float) and not -MOST < value < MOST:
+        return None if math.isnan(value) else math.copysign(MOST, value)
     return value
 
 
@@ -120,17 +120,18 @@ class _Connection(psycopg.Connection[Found]):
         return super().wait(self._limited(gen), *given, **options)
 
     def _limited(self, gen: PQGen[T]) -> PQGen[T]:
-        due, state = time.monotonic() + _SILENT_SECONDS, next(gen)
+        due = time.monotonic() + _SILENT_SECONDS
+        ready: Any = None
         while True:
-            ready = yield state
-            if not ready and time.monotonic() >= due:
-                self._silent()
-                due = time.monotonic() + _SILENT_SECONDS
             try:
                 state = gen.send(ready)
             except StopIteration as end:
                 value: T = end.value
                 return value
+            ready = yield state
+            if not ready and time.monotonic() >= due:
+                self._silent()
+                due = time.monotonic() + _SILENT_SECONDS
 
     def _silent(self) -> None:
         if self.on_silence is not None:
@@ -147,12 +148,13 @@ class Session:
         place: Which database, account, inbox and instance.
         name: Name of the connection for the server's administrator.
         settings: More settings of the session.
+        is_prepared: Whether statements that come often are prepared; a pooler may not support that.
 
     Attributes:
         warnings: Codes of the warnings that came since they were last emptied.
     """
 
-    def __init__(self, place: Place, name: str, settings: Mapping[str, str] = {}) -> None:
+    def __init__(self, place: Place, name: str, settings: Mapping[str, str] = {}, *, is_prepared: bool = True) -> None:
         self.warnings: list[str] = []
         given = conninfo.conninfo_to_dict(place.database)
         parameters = {**_PARAMETERS, **{key: value for key, value in given.items() if value is not None}}
@@ -160,7 +162,7 @@ class Session:
         parameters["application_name"] = f"imagewatch {name} {place.instance}"[:63]
         text = conninfo.make_conninfo("", **parameters)
         self._connection = _Connection.connect(
-            text, autocommit=True, cursor_factory=psycopg.RawCursor, row_factory=_rows
+            text, autocommit=True, cursor_factory=psycopg.RawCursor, row_factory=_rows, prepare_threshold=None
         )
         self._connection.add_notice_handler(self._note)
         self._connection.adapters.register_loader("numeric", _NumberLoader)
@@ -168,11 +170,12 @@ class Session:
         try:
             own = {"account": place.account, "inbox": place.inbox, "instance": place.instance}
             values = {**_SETTINGS, **settings, **{f"imagewatch.{key}": value for key, value in own.items()}}
-            for key, value in values.items():
-                self.execute("SELECT set_config(?, ?, false)", (key, value))
+            calls = ", ".join(["set_config(?, ?, false)"] * len(values))
+            self.execute(f"SELECT {calls}", [one for pair in values.items() for one in pair])
         except BaseException:
             self._connection.close()
             raise
+        self._connection.prepare_threshold = 5 if is_prepared else None
 
     def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         if (diagnostic.sqlstate or "").startswith("01"):
@@ -187,16 +190,25 @@ class Session:
         statement: QueryNoTemplate = text.encode()
         return self._connection.execute(statement, given or None)
 
+    def run(self, *statements: str) -> list[Found]:
+        """Run statements without values, with one wait for the server; return the rows of all."""
+        cursor = self._connection.execute("; ".join(statements).encode(), prepare=False)
+        found = []
+        while True:
+            found += cursor.fetchall() if cursor.description else []
+            if not cursor.nextset():
+                return found
+
     @contextlib.contextmanager
-    def transaction(self, *, commit: Callable[[], object] | None = None) -> Iterator[None]:
+    def transaction(self, *first: str, commit: Callable[[], object] | None = None) -> Iterator[list[Found]]:
         """Run the block in a transaction.
 
         Args:
+            first: Statements at its beginning; their rows are given to the block.
             commit: Called in the place of COMMIT.
         """
-        self.execute("BEGIN")
         try:
-            yield
+            yield self.run("BEGIN", *first)
         except BaseException:
             if not self._connection.closed:
                 with contextlib.suppress(psycopg.Error):
@@ -223,7 +235,7 @@ class Session:
             raise psycopg.errors.InFailedSqlTransaction(f"the server undid the transaction ({status})")
 
     @property
-    def raw(self) -> psycopg.Connection[Found]:
+    def raw(self) -> _Connection:
         """The connection of psycopg."""
         return self._connection
 

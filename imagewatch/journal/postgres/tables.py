@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from typing import TYPE_CHECKING
 
 import psycopg
 
-from imagewatch.journal.postgres.checks import problems
+from imagewatch.journal.postgres.checks import pooler, problems, unusable
 from imagewatch.journal.postgres.faults import translated
 from imagewatch.journal.postgres.schema import VERSION, install, version_of
 from imagewatch.journal.postgres.session import Session
-from imagewatch.system.errors import DatabaseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +24,7 @@ _LOCK = "SELECT pg_advisory_xact_lock(7302041955123)"
 @contextlib.contextmanager
 def _session(place: Place) -> Iterator[Session]:
     try:
-        session = Session(place, "db")
+        session = Session(place, "db", is_prepared=False)
         with contextlib.closing(session):
             yield session
     except psycopg.Error as error:
@@ -77,10 +75,10 @@ def check(place: Place) -> list[tuple[str, str]]:
     Raises:
         DatabaseError: The server cannot be reached.
     """
-    with _session(place) as session:
-        return problems(session, is_replicated=place.is_replicated)
+    with _session(place) as session, _session(place) as other:
+        return problems(session, is_replicated=place.is_replicated) + pooler(session, other)
 
 
 def _require(found: list[tuple[str, str]]) -> None:
     for why, hint in found:
-        raise DatabaseError(f"the shared database {why}", code=errno.EPROTO, hint=hint)
+        raise unusable(why, hint)
