@@ -101,6 +101,7 @@ class Admission:
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = self._knows_holds = False
+        self.on_database_back: Callable[[], object] = lambda: None
 
     def configure(
         self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object], key_step: Callable[[], str]
@@ -408,6 +409,8 @@ class Admission:
             self._remember()
         for hold in ended:
             self._ended[hold.kind] = self._now()
+            if hold.kind == "database":
+                self.on_database_back()
         _log_end(ended)
 
     def _remember(self) -> None:

@@ -72,6 +72,8 @@ class Dispatch:
     def _start_all(self) -> None:
         """Start what may be done now. The first-level folders take turns: what is claimed, then the oldest prompt."""
         self._admission.probe_stores()
+        if self._parts.journal.file.is_shared and not self._parts.is_recovered and self._admission.stores_work():
+            self._recovery.complete()
         claimed: dict[str, list[Job]] = {}
         for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
             claimed.setdefault(job.folder, []).append(job)

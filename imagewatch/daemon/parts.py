@@ -91,6 +91,7 @@ class Parts:
         )
         self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
         self.admission.announcements.on_written = self.notifier.wake
+        self.admission.on_database_back = self._doubt_jobs
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         self.status.events = self.journal.events
         tops = self.spool.tops
@@ -116,6 +117,10 @@ class Parts:
             self.team.tick,
             lambda: self.mailbox.put(Asked()),
         )
+
+    def _doubt_jobs(self) -> None:
+        """Note that jobs that were over may be open again: a server that crashed loses commits that were not synced."""
+        self.is_recovered = self.is_recovered and not self.journal.file.is_shared
 
     def _changed_hold(self, *, at_once: bool) -> None:
         self.status.change(at_once=at_once)
