@@ -79,7 +79,7 @@ class Team:
         Raises:
             SpoolError: The database cannot be used.
         """
-        if not self.leads() or self._parts.now() < self._read_at + self._interval():
+        if not (self.is_on and self.leads()) or self._parts.now() < self._read_at + self._interval():
             return
         names, self._offered = self._common.names()
         self._most = _AHEAD * max(self._common.slots(), 1)
