@@ -153,6 +153,11 @@ class Spool(JobFolders):
                     return ANYWHERE, name.removesuffix(SUFFIX)
         return None
 
+    def is_in_inbox(self, key: tuple[str, str]) -> bool:
+        """Return whether there is a prompt of this folder and stem."""
+        folder, stem = key
+        return self.tops.exists(os.path.join(self.inbox, folder, stem + SUFFIX))
+
     def is_left(self, job: str) -> bool:
         """Return whether a job is not over, or a file of it is left."""
         if self.originals.claimed(job) or unreadable(self, job):

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from imagewatch.protocol.values import Claim, load
+from imagewatch.protocol.values import Claim, dump, load
 from imagewatch.system.errors import LostJobError, Withdrawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from imagewatch.journal.database import Connection, Database
 
@@ -37,7 +37,12 @@ _RESIGN = f"""
     UPDATE imagewatch.leaders SET lease_ends_at = 0 WHERE account = current_setting('imagewatch.account')
     AND inbox = current_setting('imagewatch.inbox') AND holder = {_ME}"""  # noqa: S608
 _OFFER = "UPDATE jobs SET holder = '' WHERE id = ? AND epoch = 0"
-_NOTIFY = "SELECT pg_notify('imagewatch', current_setting('imagewatch.account'))"
+_OFFER_ALL = """
+    INSERT INTO jobs (id, folder, stem, claim, state, opened_at, holder) VALUES {} ON CONFLICT DO NOTHING"""
+_KNOWN = "SELECT id FROM jobs WHERE id = ANY(?)"
+_NOTIFY = """
+    SELECT pg_notify('imagewatch_offers',
+        current_setting('imagewatch.account') || chr(10) || current_setting('imagewatch.inbox'))"""
 _TAKE = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id IN (
@@ -174,6 +179,28 @@ class Common:
         """Let any daemon of the inbox take a job that is noted in this transaction."""
         connection.execute(_OFFER, (job,))
         connection.execute(_NOTIFY)
+
+    def offer_all(self, claims: Sequence[Claim]) -> set[str]:
+        """Let any daemon of the inbox take prompts; return the ids of the jobs that are noted.
+
+        It need not be synced: the files are in the inbox. A job of the same name that is not over keeps the name.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        rows = ", ".join(["(?, ?, ?, ?, 'open', ?, '')"] * len(claims))
+        values: list[object] = []
+        for claim in claims:
+            names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+            values += [claim.job, *names, dump(claim).decode(), claim.at]
+
+        def act(connection: Connection) -> set[str]:
+            connection.execute(_OFFER_ALL.format(rows), values)
+            connection.execute(_NOTIFY)
+            known = connection.execute(_KNOWN, ([claim.job for claim in claims],)).fetchall()
+            return {row["id"] for row in known}
+
+        return self._file.change(act, synced=False)
 
     def names(self) -> tuple[set[tuple[str, str]], int]:
         """Return folder and stem of each job that is not over, and how many jobs nobody has taken yet.
