@@ -15,6 +15,7 @@ import structlog
 
 from imagewatch.daemon.jobs import Job
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from imagewatch.daemon.parts import Parts
@@ -183,6 +184,36 @@ class Team:
             else:
                 found.append((Job(taken.job, (taken.claim.folder, taken.claim.stem)), taken.claim))
         return found
+
+    def reopen(self, job: str) -> bool:
+        """Let the response of a job that was kept be read again, as ``retry`` asked for; return whether this one does.
+
+        The daemon that kept it does that; if it does not run, any other one that finds the response in the claim
+        folder.
+
+        Raises:
+            SpoolError: The database, or the folder of claimed files, cannot be used.
+        """
+        parts, handover = self._parts, self._parts.spool.handover
+        holder, _, state = self._common.where(job) or ("", 0, "done")
+        is_own = False
+        if state == "kept":
+            is_running, is_gone = self._common.member(holder)
+            is_mine = holder == self._common.instance
+            if not is_mine and (is_running or not (is_gone or handover.has_response(job))):
+                return False  # that one does it, now or when it runs
+            if not is_mine and not handover.has_response(job):
+                reason = f"only {printable(holder)} had it, which was removed from the account"
+                _log.warning("response_missing", job=job, reason=reason)
+            elif is_own := self._common.reopen_kept(job):
+                handover.fence(job)
+                reopened = Job(job, parts.spool.key(job))
+                _log.info("response_reread", **reopened.names)
+                parts.jobs.defer(reopened, 0.0)
+        elif state == "done":
+            _log.warning("response_missing", job=job)
+        parts.control.retried(job)
+        return is_own
 
     def take_over(self) -> None:
         """Take the jobs of daemons that do not run any more.

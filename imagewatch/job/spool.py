@@ -76,6 +76,7 @@ class Spool(JobFolders):
         with disk_errors(self.answers, "list the folder"):
             answered = {name.partition(".")[0] for name in self.tops.names(self.answers)}
         self._remove_temporaries(own)
+        self.journal.forget_old()
         self._drop_twins(own)
         self._take_again(own)
         return [*own, *sorted(answered.difference(own))]  # of the others, a response may be known only here
@@ -245,7 +246,7 @@ class Spool(JobFolders):
         """
         self.ensure_claims()
         if self.handover.is_on:
-            self.handover.clear(record.job)
+            self.handover.clear(record.job, keep=keep)
         self.disk.remove_folder(self.claim_folder(record.job))  # not synced: see take_over
         if keep:
             record.keep()

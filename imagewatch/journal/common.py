@@ -80,6 +80,12 @@ _REOPEN = f"""
     WHERE id = ? AND state = 'done' AND decision <> ''
     AND EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'unsent'))
     RETURNING epoch"""  # noqa: S608
+_REOPEN_KEPT = f"""
+    UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
+    WHERE id = ? AND state = 'kept' RETURNING epoch"""  # noqa: S608
+_MEMBER = f"""
+    SELECT forgotten_at IS NOT NULL AS is_gone, ended_at IS NULL AND seen_at > {_NOW} - ? AS is_running
+    FROM imagewatch.instances WHERE account = current_setting('imagewatch.account') AND name = ?"""  # noqa: S608
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
@@ -383,6 +389,28 @@ class Common:
         """
         with self._file.using() as connection:
             return connection.execute(_WAS_UNSENT, (job,)).fetchone() is not None
+
+    def reopen_kept(self, job: str) -> bool:
+        """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        values = self.lease_seconds, job
+        row = self._file.change(lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
+        if row is not None:
+            self.set_epoch(job, row["epoch"])
+        return row is not None
+
+    def member(self, instance: str) -> tuple[bool, bool]:
+        """Return whether a daemon runs, and whether it was removed from the account.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_MEMBER, (self.lease_seconds, instance)).fetchone()
+        return (False, True) if row is None else (row["is_running"], row["is_gone"])
 
     def reopen(self, job: str) -> bool:
         """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.
