@@ -160,6 +160,10 @@ class Admission:
         with self._first_bytes:
             pass
 
+    def is_burst(self) -> bool:
+        """Return whether too many prompts came at the same time."""
+        return self._holds.has("burst")
+
     def stores_work(self) -> bool:
         """Return whether no hold for local disk or database forbids what needs no request any more."""
         return not any(self._holds.waits(kind, self._now()) for kind in STORES)

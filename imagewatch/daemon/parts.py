@@ -14,7 +14,7 @@ from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.intake import Intake
 from imagewatch.daemon.jobs import Jobs
-from imagewatch.daemon.mailbox import Asked, DiskFailed, Mailbox, Notified, Saved
+from imagewatch.daemon.mailbox import Asked, DiskFailed, Mailbox, Notified, Offered, Saved
 from imagewatch.daemon.status import Status
 from imagewatch.daemon.systemd import Notify
 from imagewatch.daemon.team import Team
@@ -116,6 +116,7 @@ class Parts:
             lambda: (self.status.summary, self.config.limits.concurrency),
             self.team.tick,
             lambda: self.mailbox.put(Asked()),
+            lambda: self.mailbox.put(Offered()),
         )
 
     def _doubt_jobs(self) -> None:

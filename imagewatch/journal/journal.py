@@ -178,19 +178,6 @@ class Journal(JobRows):
         self._file.change(lambda connection: self._put(connection, claim))
         self._unspent[claim.job] = claim
 
-    def offer(self, claim: Claim) -> None:
-        """Note a prompt that any daemon of the inbox may claim. It need not be synced: its file is in the inbox.
-
-        Raises:
-            SpoolError: The journal cannot be used, or a job with this name is not over.
-        """
-
-        def act(connection: Connection) -> None:
-            self._put(connection, claim)
-            self.common.offer(connection, claim.job)
-
-        self._file.change(act, synced=False)
-
     def _put(self, connection: Connection, claim: Claim, *, reserved: float = 0.0) -> None:
         """Note a claim; what is reserved for it already stays."""
         if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
