@@ -150,7 +150,7 @@ def test_a_manual_hold_keeps_prompts_until_release_across_restarts(tmp_path, run
     said = command(folders, "release")
     assert (said.returncode, said.stdout) == (0, "Released.\n")
     until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
-    assert daemon.events("released")[0]["kind"] == "manual"
+    assert daemon.wait_for("released")["kind"] == "manual"
 
 
 def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(folders, run, sandbox):
