@@ -90,6 +90,7 @@ class Daemon:
         self._instructions = Instructions(self._parts, self._arrivals, self._results, self._recovery)
         self._report = Report(self._parts)
         self._is_draining = False
+        self._asked_at = 0.0  # before it was last asked what may be done, monotonic seconds
 
     # Running
 
@@ -135,6 +136,7 @@ class Daemon:
             self._take(message)
         while not self._is_over():
             self._scan_if_due()
+            self._asked_at = self._now()
             self._dispatch.run(is_draining=self._is_draining)
             self._report.write_if_due()
             if not self._is_over():
@@ -165,7 +167,7 @@ class Daemon:
         if self._is_draining:  # only workers are waited for; those may wait for a folder
             return DISK_SECONDS if self._admission.disk_failed else _LONGEST_WAIT
         now = self._now()
-        times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._admission.patience()]
+        times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._admission.patience(self._asked_at)]
         times.append(self._admission.announcements.due)
         if (due := self._report.due) is not None:
             times.append(due)
