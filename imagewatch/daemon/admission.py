@@ -319,10 +319,14 @@ class Admission:
                 self._holds.resume(self._with_step(Reason(kind, message)), self._now())
         self._knows_holds = True
 
-    def patience(self) -> float:
-        """Return after how many seconds a hold is due to be tried again; infinite without one."""
+    def patience(self, since: float) -> float:
+        """Return after how many seconds a hold is due to be tried again; infinite without one.
+
+        Args:
+            since: Monotonic time before it was asked what may be done. A hold that has ended since then is due.
+        """
         now = self._now()
-        waiting = self._holds.waiting(now)
+        waiting = self._holds.waiting(since)
         seconds = waiting.until - now if waiting else math.inf
         return min(seconds, self._stamp_at - now) if self.watches_key() else seconds
 
