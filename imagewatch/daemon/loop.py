@@ -331,6 +331,7 @@ class Daemon:
             self._parts.spool.require_folders()
             self._results.forget_removed()
             self._parts.team.refresh()
+            self._parts.team.tidy()
             is_new = self._parts.team.leads() and self._intake.scan(self._parts.team.taken())
         except SpoolError as error:
             self._admission.failed(error)
