@@ -101,7 +101,6 @@ class Admission:
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = self._knows_holds = False
-        self.on_database_back: Callable[[], object] = lambda: None
 
     def configure(
         self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object], key_step: Callable[[], str]
@@ -415,10 +414,8 @@ class Admission:
         if ended:
             self._on_change(at_once=not all(hold.brief for hold in ended))
             self._remember()
-        for hold in ended:
-            self._ended[hold.kind] = self._now()
-            if hold.kind == "database":
-                self.on_database_back()
+        self._ended |= {hold.kind: self._now() for hold in ended}
+        self.stores.ended(hold.kind for hold in ended)
         _log_end(ended)
 
     def _remember(self) -> None:
