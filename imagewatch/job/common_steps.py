@@ -99,8 +99,9 @@ class CommonSteps:
         """Leave a witness of an attempt whose row is committed, right before its first byte; see ``Handover``."""
         fate = self._sending.known(job.id, attempt)
         assert fate is not None
-        given = {"attempt": attempt, "nonce": nonce, "instance": self._common.instance, "claim": job.claim}
-        self._handover.testify(job.id, Witness(sent=fate.sent, **given))
+        me = self._common.instance
+        witness = Witness(attempt=attempt, nonce=nonce, instance=me, sent=fate.sent, claim=job.claim)
+        self._handover.testify(job.id, witness)
 
     def restore_witnessed(self, record: Record, claim: Claim) -> None:
         """Write the rows of attempts again of which there is a witness, and that the database has lost.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
 _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
+_RESPONSE = re.compile(r"answer\.[1-9][0-9]{0,8}")
 _OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
 _FOLDER = re.compile(r"[0-9a-f]{16}(?:\.[1-9][0-9]{0,17})?")
 _PIECE = 1024 * 1024
@@ -150,10 +151,30 @@ class Handover:
             if self._folders.tops.exists(source) or not self._folders.tops.exists(target):
                 raise
 
-    def clear(self, job: str) -> None:
-        """Remove what daemons have left for each other: the job is over."""
+    def has_response(self, job: str) -> bool:
+        """Return whether the response of a job is in its claim folder, whichever daemon had it last.
+
+        Raises:
+            SpoolError: The folder cannot be read.
+        """
+        for folder in (os.path.basename(self._folders.claim_folder(job)), *self._older(job)):
+            path = os.path.join(self._folders.claims, folder)
+            with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+                if any(_RESPONSE.fullmatch(name) for name in self._folders.tops.names(path, folders=False)):
+                    return True
+        return False
+
+    def clear(self, job: str, *, keep: bool = False) -> None:
+        """Remove what daemons have left for each other: the job is over.
+
+        Args:
+            job: Its id.
+            keep: Keep the response, for ``imagewatch retry`` on any host.
+        """
         self._fenced.pop(job, None)
         for name in self._names(job):
+            if keep and name.startswith("answer."):
+                continue
             if _OURS.fullmatch(name):
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
 
@@ -227,7 +248,7 @@ class Handover:
         folder = self._folders.claim_folder(record.job)
         names = [name for name in record.names() if _ANSWER.fullmatch(name)]
         # The response last: where it is, its images are.
-        for name in sorted(names, key=lambda name: name.startswith("answer.") and name[7:].isdigit()):
+        for name in sorted(names, key=lambda name: bool(_RESPONSE.fullmatch(name))):
             if not self._has(os.path.join(folder, name), record.path(name)):
                 self._copy(record.path(name), os.path.join(folder, name))
         self._disk.sync_folder(folder)
@@ -240,7 +261,7 @@ class Handover:
         """
         folder, known = self._folders.claim_folder(record.job), set(record.names())
         names = [name for name in self._names(record.job) if _ANSWER.fullmatch(name) and name not in known]
-        for name in sorted(names, key=lambda name: name.startswith("answer.") and name[7:].isdigit()):
+        for name in sorted(names, key=lambda name: bool(_RESPONSE.fullmatch(name))):
             self._copy(os.path.join(folder, name), record.path(name))
         if names:
             self._disk.sync_folder(self._folders.answers)

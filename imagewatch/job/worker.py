@@ -151,14 +151,6 @@ class Worker:
         job = RunningJob(record, claim, is_resumed=is_resumed, may_send=may_send, earlier=earlier, began=self._clock())
         return self._carry(job)
 
-    def holds(self, job: str) -> bool:
-        """Return whether this daemon has a job; in an inbox of its own it has each.
-
-        Raises:
-            SpoolError: The journal cannot be used.
-        """
-        return self._steps.common.is_held(job)
-
     def tidy(self) -> None:
         """Put back into the inbox what daemons that have died had claimed too late.
 

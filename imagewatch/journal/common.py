@@ -20,25 +20,29 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from imagewatch.protocol.values import Claim, load
+from imagewatch.protocol.values import Claim, dump, load
 from imagewatch.system.errors import LostJobError, Withdrawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from imagewatch.journal.database import Connection, Database, Row
 
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _ME = "current_setting('imagewatch.instance')"
 _LEAD = f"""
-    INSERT INTO imagewatch.leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
+    INSERT INTO leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
     ON CONFLICT (account, inbox) DO UPDATE SET holder = excluded.holder, lease_ends_at = excluded.lease_ends_at
     WHERE l.holder = excluded.holder OR l.lease_ends_at < {_NOW}"""  # noqa: S608  our own names
 _RESIGN = f"""
-    UPDATE imagewatch.leaders SET lease_ends_at = 0 WHERE account = current_setting('imagewatch.account')
-    AND inbox = current_setting('imagewatch.inbox') AND holder = {_ME}"""  # noqa: S608
+    UPDATE leaders SET lease_ends_at = 0 WHERE holder = {_ME}"""  # noqa: S608
 _OFFER = "UPDATE jobs SET holder = '' WHERE id = ? AND epoch = 0"
-_NOTIFY = "SELECT pg_notify('imagewatch', current_setting('imagewatch.account'))"
+_OFFER_ALL = """
+    INSERT INTO jobs (id, folder, stem, claim, state, opened_at, holder) VALUES {} ON CONFLICT DO NOTHING"""
+_KNOWN = "SELECT id FROM jobs WHERE id = ANY(?)"
+_NOTIFY = """
+    SELECT pg_notify('imagewatch_offers',
+        current_setting('imagewatch.account') || chr(10) || current_setting('imagewatch.inbox'))"""
 _TAKE = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id IN (
@@ -62,22 +66,29 @@ _WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
 _NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'decided', 'published')"
 _EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state NOT IN ('done', 'kept')"
 _SLOTS = f"""
-    SELECT coalesce(sum(slots), 0) AS slots FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
-    AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
+    SELECT coalesce(sum(slots), 0) AS slots FROM instances
+    WHERE inbox = current_setting('imagewatch.inbox') AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
 _SENT_BY = """
     SELECT a.instance, a.answer_on, a.sent_at, i.forgotten_at IS NOT NULL AS is_forgotten FROM attempts AS a
-    LEFT JOIN imagewatch.instances AS i ON i.account = a.account AND i.name = a.answer_on
+    LEFT JOIN instances AS i ON i.name = a.answer_on
     WHERE a.job = ? AND a.attempt = ?"""
 _ANSWER_ON = f"UPDATE attempts SET answer_on = {_ME} WHERE job = ? AND attempt = ?"  # noqa: S608
 _ANSWER_IS_THERE = "UPDATE attempts SET answer_on = '' WHERE job = ? AND answer_on <> ''"
 _REOPEN = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ? AND state = 'done' AND decision <> ''
-    AND (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'completed') AND attempt = ANY(?))
+    AND (EXISTS (
+            SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'completed') AND attempt = ANY(?)
+        )
         OR (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id)
             AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome <> 'unsent')))
     RETURNING epoch"""  # noqa: S608
+_REOPEN_KEPT = f"""
+    UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
+    WHERE id = ? AND state = 'kept' RETURNING epoch"""  # noqa: S608
+_MEMBER = f"""
+    SELECT forgotten_at IS NOT NULL AS is_gone, ended_at IS NULL AND seen_at > {_NOW} - ? AS is_running
+    FROM imagewatch.instances WHERE account = current_setting('imagewatch.account') AND name = ?"""  # noqa: S608
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
@@ -186,6 +197,28 @@ class Common:
         """Let any daemon of the inbox take a job that is noted in this transaction."""
         connection.execute(_OFFER, (job,))
         connection.execute(_NOTIFY)
+
+    def offer_all(self, claims: Sequence[Claim]) -> set[str]:
+        """Let any daemon of the inbox take prompts; return the ids of the jobs that are noted.
+
+        It need not be synced: the files are in the inbox. A job of the same name that is not over keeps the name.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        rows = ", ".join(["(?, ?, ?, ?, 'open', ?, '')"] * len(claims))
+        values: list[object] = []
+        for claim in claims:
+            names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+            values += [claim.job, *names, dump(claim).decode(), claim.at]
+
+        def act(connection: Connection) -> set[str]:
+            connection.execute(_OFFER_ALL.format(rows), values)
+            connection.execute(_NOTIFY)
+            known = connection.execute(_KNOWN, ([claim.job for claim in claims],)).fetchall()
+            return {row["id"] for row in known}
+
+        return self._file.change(act, synced=False)
 
     def names(self) -> tuple[set[tuple[str, str]], int]:
         """Return folder and stem of each job that is not over, and how many jobs nobody has taken yet.
@@ -381,6 +414,28 @@ class Common:
             return reopened
 
         self._reopened(job, self._file.change(act))
+
+    def reopen_kept(self, job: str) -> bool:
+        """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        values = self.lease_seconds, job
+        row = self._file.change(lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
+        if row is not None:
+            self.set_epoch(job, row["epoch"])
+        return row is not None
+
+    def member(self, instance: str) -> tuple[bool, bool]:
+        """Return whether a daemon runs, and whether it was removed from the account.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_MEMBER, (self.lease_seconds, instance)).fetchone()
+        return (False, True) if row is None else (row["is_running"], row["is_gone"])
 
     def reopen(self, job: str, attempts: list[int]) -> bool:
         """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.

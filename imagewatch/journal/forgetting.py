@@ -18,7 +18,7 @@ FORGOTTEN = "the daemon that sent this request was removed from the account befo
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _KNOWN = f"""
     SELECT ended_at IS NULL AND {_NOW} - seen_at < ? AS is_running, {_NOW} - seen_at AS seconds
-    FROM imagewatch.instances WHERE account = current_setting('imagewatch.account') AND name = ?
+    FROM instances WHERE name = ?
     AND forgotten_at IS NULL"""  # noqa: S608  our own names
 _OPEN = """
     SELECT a.job, a.source, a.reserved FROM attempts AS a WHERE a.instance = ? AND a.outcome = 'sent'
@@ -33,8 +33,8 @@ _ALONE = """
 _UNRESERVE = "UPDATE jobs SET reserved = 0 WHERE holder = ? AND state <> 'done'"
 _LET_GO = "UPDATE jobs SET lease_ends_at = 0 WHERE holder = ? AND epoch > 0 AND state <> 'done'"
 _FORGET = f"""
-    UPDATE imagewatch.instances SET forgotten_at = {_NOW}, ended_at = coalesce(ended_at, {_NOW})
-    WHERE account = current_setting('imagewatch.account') AND name = ?"""  # noqa: S608
+    UPDATE instances SET forgotten_at = {_NOW}, ended_at = coalesce(ended_at, {_NOW})
+    WHERE name = ?"""  # noqa: S608
 
 
 @dataclass(frozen=True)

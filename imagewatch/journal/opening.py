@@ -261,6 +261,7 @@ def watch(
     page: Callable[[], tuple[str, int]],
     tick: Callable[[], object],
     on_change: Callable[[], object],
+    on_offer: Callable[[], object],
 ) -> None:
     """Let other daemons of the account see that this one runs, if it has a shared database.
 
@@ -270,10 +271,11 @@ def watch(
             called in another thread.
         tick: Called regularly in that thread.
         on_change: Called in another thread when something of the account may have changed.
+        on_offer: Called in another thread when a prompt of the inbox is offered.
     """
     if journal.file.is_shared:
         database: PostgresDatabase = journal.file  # type: ignore[assignment]
-        database.watch(page, tick, on_change)
+        database.watch(page, tick, on_change, on_offer)
 
 
 def end(journal: Journal) -> None:

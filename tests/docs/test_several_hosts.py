@@ -113,7 +113,7 @@ def test_the_tables_and_a_daemon_of_the_compose_file_work_with_a_password_in_the
     own_postgres.psql("CREATE DATABASE compose OWNER member TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
     secrets = tmp_path / "secrets"
     secrets.mkdir()
-    (secrets / _CREDENTIAL).write_text(f"127.0.0.1:{own_postgres.port}:compose:member:{PASSWORD}\n")
+    (secrets / _CREDENTIAL).write_text(f"{PASSWORD}\n")
     (secrets / _CREDENTIAL).chmod(0o644)  # as Compose mounts it
     (secrets / "letta_api_key").write_text(KEY)
     environ = {**daemons(compose)["one"]["environment"], "PATH": os.environ["PATH"], "HOME": str(tmp_path)}

@@ -255,3 +255,20 @@ def test_a_daemon_that_was_stopped_for_long_in_flight_continues(
     daemon.process.send_signal(signal.SIGCONT)
     until(lambda: account.is_over(1))
     account.audit(sandbox.report(), {"cat"})
+
+
+def test_what_a_crash_of_the_server_has_undone_is_done_again(
+    own_postgres: Server, tmp_path: Path, sandbox: Sandbox, begin: Callable[[Member], LoggedDaemon]
+) -> None:
+    """The end of a job is committed without a wait for the disk."""
+    account = Account(own_postgres, own_postgres.database(), tmp_path)
+    member = account.member("one", sandbox.base_url)
+    daemon = begin(member)
+    own_postgres.set(wal_writer_delay="10s")
+    member.prompt("cat", "cat")
+    until(lambda: "cat" in member.finished() and set(member.job_states().values()) == {"done"})
+    own_postgres.kill()
+    own_postgres.start()
+    assert "done" not in member.job_states().values()
+    until(lambda: account.is_over(1), 30, saw=daemon.log)
+    account.audit(sandbox.report(), {"cat"})
