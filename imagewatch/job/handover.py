@@ -157,12 +157,9 @@ class Handover:
         Raises:
             SpoolError: The folder cannot be read.
         """
-        for folder in (os.path.basename(self._folders.claim_folder(job)), *self._older(job)):
-            path = os.path.join(self._folders.claims, folder)
-            with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
-                if any(_RESPONSE.fullmatch(name) for name in self._folders.tops.names(path, folders=False)):
-                    return True
-        return False
+        folders = [name for name in self.claimed() if name.partition(".")[0] == job]
+        paths = [os.path.join(self._folders.claims, folder) for folder in folders]
+        return any(_RESPONSE.fullmatch(name) for path in paths for name in self._names_in(path))
 
     def clear(self, job: str, *, keep: bool = False) -> None:
         """Remove what daemons have left for each other: the job is over.
