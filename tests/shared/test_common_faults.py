@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 __all__ = ["member"]
-EVERY = int(os.environ.get("IMAGEWATCH_EVERY_STEP", "0") or "0")
-"""1: each step is tried; otherwise some, spread over all."""
+STEPS = os.environ.get("IMAGEWATCH_STEPS", "")
+"""``all``: each step is tried; or the numbers of some; otherwise some, spread over all."""
 AT_THE_SAME_TIME = 4
 TRIED = 10
 
@@ -116,7 +116,8 @@ def test_a_daemon_that_ends_or_stops_at_any_step_is_replaced_without_a_second_ch
 ) -> None:
     steps = count_steps(inbox("counted"))
     count = len(steps)
-    chosen = range(1, count + 1) if EVERY else range(1 + count % 3, count + 1, max(count // TRIED, 1))
+    spread = range(1 + count % 3, count + 1, max(count // TRIED, 1))
+    chosen = range(1, count + 1) if STEPS == "all" else map(int, STEPS.split()) if STEPS else spread
     worlds = {number: inbox(f"step{number}") for number in chosen}
     saved = next(number for number, step in enumerate(steps, 1) if step.endswith(".answer.1"))
     found, errors = {}, []
