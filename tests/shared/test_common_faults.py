@@ -320,7 +320,7 @@ def test_the_right_to_send_is_not_spent_by_a_daemon_whose_job_was_taken_over(
     database: str, member: Callable[..., Journal]
 ) -> None:
     one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
-    one.offer(claim())
+    one.common.offer_all([claim()])
     assert [taken.epoch for taken in one.common.take(5)] == [1]
     one.common.let_go()
     assert [taken.epoch for taken in two.common.take_over(5)] == [2]
@@ -333,7 +333,7 @@ def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
     database: str, member: Callable[..., Journal], postgres: Server
 ) -> None:
     one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
-    one.offer(claim())
+    one.common.offer_all([claim()])
     one.common.take(5)
     one.common.let_go()
     two.common.take_over(5)
