@@ -7,6 +7,7 @@ answers are in the journal (``journal.common``) and in the claim folder (``hando
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,6 +19,7 @@ from imagewatch.journal.common import lost
 from imagewatch.journal.row import Row
 from imagewatch.protocol.values import dump
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +64,7 @@ class CommonSteps:
         self._sending = sending
         self._longest = deadline_seconds + _GRACE_SECONDS
         self._clock = clock
+        self._orphans: set[str] = set()
         self.is_on = self._common.is_on
 
     # Who has it
@@ -200,18 +203,29 @@ class CommonSteps:
         down again if it was sent, and is taken over then.
 
         Raises:
-            SpoolError: The journal or the disk cannot be used.
+            SpoolError: The disk failed.
         """
         for name, epoch in self._handover.claimed().items():
-            job = name.partition(".")[0]
-            if self._common.epoch(job):
-                continue
-            place = self._common.place(job)
-            if place is not None and place.state == "done":
+            if not self._common.epoch(name.partition(".")[0]):
+                with contextlib.suppress(SpoolError):  # the next time
+                    self._tidy(name, epoch)
+
+    def _tidy(self, name: str, epoch: int) -> None:
+        job = name.partition(".")[0]
+        place = self._common.place(job)
+        if place is not None:
+            if place.state == "done":
                 self._handover.give_back_late(name, place.folder)
-            for witness in self._handover.witnesses(job, name) if place is None else ():
-                if witness.claim is not None:
-                    self._restore(witness, witness.claim, epoch)
+            return
+        claims = [witness for witness in self._handover.witnesses(job, name) if witness.claim is not None]
+        for witness in claims:
+            assert witness.claim is not None
+            self._restore(witness, witness.claim, epoch)
+        if not claims and name not in self._orphans:
+            self._orphans.add(name)
+            path = printable(os.path.join(self._spool.claims, name))
+            hint = f"check the balance (imagewatch check --balance); then move the files in {path} back into the inbox"
+            _log.error("stuck", job=job, reason="claimed, but the shared database does not know this job", next=hint)
 
     def hand_over(self, job: str) -> Outcome:
         """Let another daemon have the responses of its job, and remove them here when it is over.
@@ -237,7 +251,7 @@ class CommonSteps:
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
         if holder and record.responses():
-            self._common.set_epoch(job, epoch)
+            self._common.set_epoch(job, epoch, is_held=False)
             with contextlib.suppress(SpoolError):  # it may be taken over once more, or end, in this moment
                 self._handover.share(record)
                 self._common.answer_is_there(job)

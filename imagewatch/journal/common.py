@@ -285,9 +285,13 @@ class Common:
         """Return the epoch of a job as this process has it; 0: it does not have it."""
         return self._epochs.get(job, 0)
 
-    def set_epoch(self, job: str, epoch: int) -> None:
-        """Note the epoch of a job that this process has now."""
-        self._epochs[job], self._renewed[job] = epoch, self._now()
+    def set_epoch(self, job: str, epoch: int, *, is_held: bool = True) -> None:
+        """Note the epoch of a job that this process has now, or to which it hands over a response."""
+        self._epochs[job] = epoch
+        if is_held:
+            self._renewed[job] = self._now()
+        else:
+            self._renewed.pop(job, None)
 
     def forget(self, job: str) -> None:
         """Forget a job that is over, or that another daemon has."""
