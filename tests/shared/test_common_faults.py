@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["member"]
 STEPS = os.environ.get("IMAGEWATCH_STEPS", "")
 """``all``: each step is tried; or the numbers of some; otherwise some, spread over all."""
+LONG = pytest.mark.timeout(900 if STEPS else 300)
 AT_THE_SAME_TIME = 4
 TRIED = 10
 
@@ -117,6 +118,7 @@ def count_steps(world: Inbox) -> list[str]:
     return one.steps()
 
 
+@LONG
 @pytest.mark.parametrize("by", ["kill", "stop"])
 def test_a_daemon_that_ends_or_stops_at_any_step_is_replaced_without_a_second_charge(
     inbox: Callable[..., Inbox], by: str
@@ -167,6 +169,7 @@ POINTS = {
 }
 
 
+@LONG
 @pytest.mark.parametrize("which", ["database", "endpoint", "both"])
 def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothing(
     inbox: Callable[..., Inbox], which: str
