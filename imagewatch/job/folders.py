@@ -89,6 +89,7 @@ class JobFolders:
         self.permissions = Permissions(config.outbox.file_mode, config.outbox.folder_mode, config.outbox.group)
         self._lock: IO[bytes] | None = None
         self._claims_lock: IO[bytes] | None = None
+        self._is_alone = True
         self._mounts = Mounts([])
         self._ways: dict[str, str] = {}
         self._kinds = Kinds()
@@ -125,12 +126,16 @@ class JobFolders:
         self._prove_outbox()
         self._mounts = Mounts(self._all())
 
-    def lock(self) -> None:
+    def lock(self, *, is_alone: bool = False) -> None:
         """Lock this inbox and this state folder, until the process ends.
+
+        Args:
+            is_alone: Whether no other daemon may use the inbox, not even one of a common inbox.
 
         Raises:
             AlreadyRunning: Another daemon has locked them.
         """
+        self._is_alone = is_alone or not self.journal.common.is_on
         self.disk.make_folder(self.state)
         self.disk.make_folder(self.inbox, mode=0o777)
         self._open([self.state, self.inbox])
@@ -155,7 +160,7 @@ class JobFolders:
         if self._lock is None:  # nothing is claimed in this process
             return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
-            held = lock(path, self.tops, is_shared=self.journal.common.is_on)
+            held = lock(path, self.tops, is_shared=not self._is_alone)
             if self._claims_lock is not None:
                 self._claims_lock.close()
             self._claims_lock = held

@@ -2,7 +2,8 @@
 
 ::
 
-    inbox/.imagewatch/ID.E/sent.N         witness: attempt N may have been sent
+    inbox/.imagewatch/ID.E/claim.json     what was claimed: where its originals belong, if the database loses its rows
+                           sent.N         witness: attempt N may have been sent
                            answer.N       its response, copied from the state folder of the daemon that sent it
                            answer.image.K its images; also image.K, fetched.K and raw, as in the state folder
 
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch.journal.common import lost
-from imagewatch.protocol.values import Sent
+from imagewatch.protocol.names import CLAIM_NOTE
+from imagewatch.protocol.values import Claim, Sent, load
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ChargeUnknown, SpoolError
 
@@ -81,6 +83,7 @@ class Handover:
             if not self._folders.tops.exists(target):
                 self._rename(path, target)
                 continue
+            self._drop_notes(path)
             for inner in self._folders.tops.names(path):
                 self._rename(os.path.join(path, inner), os.path.join(target, inner))
             self._disk.remove_folder(path)
@@ -101,8 +104,13 @@ class Handover:
             if self._folders.tops.exists(source) or not self._folders.tops.exists(target):
                 raise
 
+    def _drop_notes(self, folder: str) -> None:
+        for name in (CLAIM_NOTE, f"{CLAIM_NOTE}.tmp"):
+            self._disk.unlink(os.path.join(folder, name))
+
     def clear(self, job: str) -> None:
         """Remove what daemons have left for each other: the job is over."""
+        self._drop_notes(self._folders.claim_folder(job))
         for name in self._names(job):
             if _SENT.fullmatch(name) or _ANSWER.fullmatch(name):
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
@@ -112,6 +120,16 @@ class Handover:
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
             return self._folders.tops.names(path, folders=False)
         return []
+
+    def claim(self, job: str) -> Claim | None:
+        """Return what was claimed as its folder has it; None if that is missing, or was not written whole."""
+        path = os.path.join(self._folders.claim_folder(job), CLAIM_NOTE)
+        with (
+            contextlib.suppress(OSError, ValueError, msgspec.DecodeError),
+            open(self._folders.tops.open_file(path, os.O_RDONLY), "rb") as file,
+        ):
+            return load(file.read(_MOST_BYTES), Claim)
+        return None
 
     # Witnesses
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
+CLAIM_NOTE = "claim.json"
+"""Name of the file in the folder of a claim of a common inbox that says what was claimed."""
 NOTES = ".imagewatch-mcp"
 """Name of the folder, inside a folder of the inbox, in which ``imagewatch mcp`` notes the names that it has used."""
 STATUS_TEXT, STATUS_JSON = "imagewatch-status.txt", "imagewatch-status.json"
