@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import Folders, LoggedDaemon, Running, command, until
 
-from shared.test_common_inbox import LEASE, RUNNER, team  # noqa: F401  a fixture
+from shared.test_common_inbox import RUNNER, team  # noqa: F401  a fixture
 from shared.test_daemons import member, replace_by_earlier  # noqa: F401  a fixture
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def recovered(folders: Folders, *options: str, code: int = 0) -> str:
 
 
 def history(folders: Folders) -> list[dict[str, Any]]:
-    return json.loads(command(folders, "history", "--json").stdout)["jobs"]
+    found: list[dict[str, Any]] = json.loads(command(folders, "history", "--json").stdout)
+    return found
 
 
 def claims(folders: Folders) -> list[str]:
@@ -40,6 +41,14 @@ def run_to_the_end(folders: Folders, count: int, run: Callable[..., LoggedDaemon
     daemon = run(folders, script=RUNNER)
     until(lambda: len(folders.finished()) == count and folders.names("inbox") == [], timeout=60)
     return daemon
+
+
+def complete(folders: Folders, stem: str, run: Callable[..., LoggedDaemon]) -> None:
+    """Let a daemon of a common inbox process a prompt, and stop it."""
+    daemon = run(folders, script=RUNNER)
+    folders.prompt(stem, "a cat")
+    until(lambda: stem in folders.finished() and folders.names("inbox") == [], timeout=60)
+    assert daemon.stop() == 0
 
 
 # A daemon with an inbox of its own
@@ -81,8 +90,7 @@ def test_refused_and_invalid_jobs_count_again_with_their_outcome(
     assert Running(folders, "once").wait() == 0
 
     def failed() -> None:
-        sandbox.answer(400)
-        folders.prompt("cat", "a cat")
+        folders.prompt("cat", "a cat [sandbox: 400]")
         folders.prompt("bad", "---\nquality: hgih\n---\na cat")
         Running(folders, "once").wait()
 
@@ -128,11 +136,11 @@ def test_it_is_refused_while_the_daemon_runs(member: Callable[..., Folders], run
 
 
 @pytest.fixture
-def two(team: Callable[..., Folders], sandbox: Sandbox) -> tuple[Folders, Folders]:
-    """Two daemons that have completed a prompt."""
+def two(team: Callable[..., Folders], run: Callable[..., LoggedDaemon]) -> tuple[Folders, Folders]:
+    """Two daemons, each of which has completed a prompt."""
     one, other = team("one"), team("two")
-    one.prompt("first", "a first cat")
-    assert Running(one, "once").wait() == 0
+    complete(one, "first", run)
+    complete(other, "second", run)
     return one, other
 
 
@@ -160,8 +168,8 @@ def test_a_claimed_prompt_of_which_nothing_was_sent_goes_back_into_its_folder(
     assert "goes back into the inbox" in recovered(one, "--yes")
     assert one.names("inbox") == ["anna/cat.prompt.txt"]
     recovered(other, "--yes")
-    run_to_the_end(other, 2, run)
-    assert sandbox.report()["requests"] == 2
+    run_to_the_end(other, 3, run)
+    assert sandbox.report()["requests"] == 3
     assert one.receipt("anna/cat")["charged"] == "yes"
 
 
@@ -193,16 +201,16 @@ def test_a_witnessed_request_is_never_sent_again(
         sandbox.hold()
         one.prompt("anna/cat", "a cat")
         daemon = run(one, script=RUNNER)
-        assert sandbox.wait_for_requests(2, 20)
+        assert sandbox.wait_for_requests(3, 20)
         daemon.kill()
         sandbox.release()
 
     replace_by_earlier(postgres, database, sent_and_killed)
     assert "its request was sent" in recovered(other, "--yes")
     assert "lacks no job" in recovered(other, "--yes")
-    run_to_the_end(other, 2, run)
+    run_to_the_end(other, 3, run)
     assert one.error("anna/cat")["charged"] == "unknown"
-    assert sandbox.report()["requests"] == 2
+    assert sandbox.report()["requests"] == 3
     assert {row["outcome"] for row in history(other)} == {"completed", "unknown"}
 
 
@@ -222,9 +230,9 @@ def test_a_response_in_a_claim_folder_is_published_by_another_daemon(
 
     replace_by_earlier(postgres, database, answered_and_killed)
     recovered(other, "--yes")
-    run_to_the_end(other, 2, run)
+    run_to_the_end(other, 3, run)
     assert one.receipt("anna/cat")["charged"] == "yes"
-    assert sandbox.report()["requests"] == 2
+    assert sandbox.report()["requests"] == 3
     assert {row["outcome"] for row in history(other)} == {"completed"}
 
 
@@ -245,10 +253,10 @@ def test_originals_of_a_published_job_are_archived(
 
     replace_by_earlier(postgres, database, published_and_killed)
     recovered(other, "--yes")
-    run_to_the_end(other, 2, run)
-    assert one.names("archive") == ["anna/cat.prompt.txt", "first.prompt.txt"]
-    assert sandbox.report()["requests"] == 2
-    assert [row["credits"] for row in history(other)] == [one.receipt("first")["credits_charged"]] * 2
+    run_to_the_end(other, 3, run)
+    assert one.names("archive") == ["anna/cat.prompt.txt", "first.prompt.txt", "second.prompt.txt"]
+    assert sandbox.report()["requests"] == 3
+    assert [row["credits"] for row in history(other)] == [one.receipt("first")["credits_charged"]] * 3
 
 
 def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
@@ -265,15 +273,15 @@ def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
     def sent_and_killed() -> None:
         sandbox.hold()
         daemon = run(one, script=RUNNER)
-        assert sandbox.wait_for_requests(2, 20)
+        assert sandbox.wait_for_requests(3, 20)
         daemon.kill()
         sandbox.release()
 
     replace_by_earlier(postgres, database, sent_and_killed)
     recovered(other, "--yes")
-    run_to_the_end(other, 2, run)
+    run_to_the_end(other, 3, run)
     assert one.error("cat")["charged"] == "unknown"
-    assert sandbox.report()["requests"] == 2
+    assert sandbox.report()["requests"] == 3
 
 
 def test_it_is_refused_while_another_daemon_of_the_inbox_runs(
@@ -285,24 +293,25 @@ def test_it_is_refused_while_another_daemon_of_the_inbox_runs(
 
 
 def test_a_daemon_of_another_host_needs_it_too(
-    two: tuple[Folders, Folders], sandbox: Sandbox, postgres: Server, database: str
+    two: tuple[Folders, Folders],
+    sandbox: Sandbox,
+    postgres: Server,
+    database: str,
+    run: Callable[..., LoggedDaemon],
 ) -> None:
     one, other = two
-    other.prompt("second", "a second cat")
-    assert Running(other, "once").wait() == 0
 
     def completed() -> None:
-        for folders in two:
-            folders.prompt(f"more-{folders.state.name}", "another cat")
-            assert Running(folders, "once").wait() == 0
+        complete(one, "third", run)
+        complete(other, "fourth", run)
 
     replace_by_earlier(postgres, database, completed)
     recovered(one, "--yes")
-    assert Running(one, "once").wait() == 0
-    refused = Running(other, "once")
+    assert run(one).stop() == 0
+    refused = Running(other, "run")
     assert refused.wait() == 69
     assert "imagewatch db recover" in refused.output
     recovered(other, "--yes")
-    assert Running(other, "once").wait() == 0
+    assert run(other).stop() == 0
+    assert len(history(one)) == 4
     assert sandbox.report()["requests"] == 4
-    assert LEASE
