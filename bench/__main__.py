@@ -32,6 +32,7 @@ from plan import FULL, QUICK, Bench
 from scale import scale
 from shared import shared
 from start import start
+from team import team
 from throughput import slots, throughput
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "burst": burst,
     "gallery": gallery,
     "shared": shared,
+    "team": team,
 }
 
 

@@ -42,7 +42,7 @@ PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
     "read: what was not decoded": [(pictures.Pictures, ("read",)), (saved_answer.Answer, ("__init__", "sample"))],
     "check: checksums of the image": [(pictures.Pictures, ("collect",))],
     "journal: SQLite, with its syncs": [
-        (sqlite.Database, ("change",)),
+        (sqlite.SqliteDatabase, ("change",)),
         (ledger.Ledger, ("ask",)),
         (journal.Journal, ("job", "refusal")),
     ],

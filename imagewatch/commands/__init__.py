@@ -44,6 +44,9 @@ The modules, in reading order::
     afford          what check prints of caps
     retry           failed prompts back into the inbox
     hold            hold and release
+    hosts           the daemons of a shared account; hosts forget removes one
+    db              makes and checks the tables of a shared database
+    migrate         moves the journal into a shared database, or out of it
     gallery         the page
     demo            six prompts on a local endpoint
     sandbox         the local endpoint

@@ -12,7 +12,7 @@ import click
 from imagewatch.commands import row_record, table
 from imagewatch.commands.drop import SubmitRequest, folder_of
 from imagewatch.commands.expected_cost import Costs, span, total
-from imagewatch.commands.results import plain
+from imagewatch.commands.results import CHARGED, plain
 from imagewatch.commands.row_states import RowStates, State
 from imagewatch.commands.table_rows import Row, Rows, source_of
 from imagewatch.commands.terminal import print_table, say
@@ -33,7 +33,6 @@ MOST_WITHOUT_YES = 100
 """So many new prompts need no ``--yes`` if the burst limit is off or not known here."""
 _GROUP = 50
 """So many rows are staged and recorded together: one sync of the folder and of the record for all of them."""
-_CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 _SKIPPED = {
     "waiting": "waiting in the inbox",
     "completed": "completed before",
@@ -259,7 +258,7 @@ def _reason(state: State) -> str:
     text = _SKIPPED.get(state.known, "failed before")
     if state.known == "failed" and state.result:
         facts = state.result.facts
-        charged = _CHARGED.get(str(facts.get("charged")), "charge unknown")
+        charged = CHARGED.get(str(facts.get("charged")), "charge unknown")
         text = f"failed before, {charged}: {printable(str(facts.get('message', '')), 200)}"
     if state.is_changed:
         return f"{text}; it asked for something else than this row: to request this one, change its name"

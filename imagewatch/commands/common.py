@@ -34,6 +34,12 @@ config_option = click.option(
     help="Configuration file; without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
     "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml",
 )
+root_option = click.option(
+    "--root",
+    type=click.Path(readable=False),
+    metavar="FOLDER",
+    help="Watched folder, if this machine has no configuration (a share)",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from imagewatch.protocol.request import Opener
 
 _STAGED = ".submit-"
+NAMED = ".named-"
+"""How hidden names of prompts with a note begin. Such a prompt shows that it was not dropped, so it stays."""
 _STALE_SECONDS = 86_400.0
 """Staged files of this age were left by a command that was killed."""
 _COPY_BYTES = 1 << 20
@@ -206,7 +208,8 @@ class Delivery:
         config: Folders, presets and limits.
         folder: Folder below the inbox, or an empty string.
         blind: Only the folders are known, so that presets cannot be checked.
-        staged: How hidden names begin. Files of other beginnings than the usual one are never removed as leftovers.
+        staged: How hidden names begin. Files of other beginnings than the usual one are never removed as leftovers,
+            except for images of ``NAMED``.
         opener: Opens the images of the caller.
 
     Attributes:
@@ -386,7 +389,7 @@ class Delivery:
         """Remove files that a command that was killed has left in this folder."""
         with contextlib.suppress(OSError, SpoolError):
             for name in self._tops.names(self._target):
-                if name.startswith(_STAGED):
+                if name.startswith(_STAGED) or (name.startswith(NAMED) and not name.endswith(SUFFIX)):
                     path = os.path.join(self._target, name)
                     if time.time() - self._tops.lstat(path).st_ctime > _STALE_SECONDS:
                         self._disk.unlink(path)

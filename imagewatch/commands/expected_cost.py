@@ -13,8 +13,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands.ledger import open_budget
-from imagewatch.commands.row_states import RECEIPT, read_result
+from imagewatch.commands.row_states import read_result
 from imagewatch.journal.prices import Asked, Expected, expected, for_an_image, kind_of
+from imagewatch.protocol.names import RECEIPT
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import amount
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands.drop import SubmitRequest, require_stem, stem_for
 from imagewatch.commands.expected_cost import charge, total
 from imagewatch.commands.ledger import open_journal
-from imagewatch.commands.row_states import ERROR, RECEIPT, Found, by_stem, read_result
+from imagewatch.commands.row_states import Found, by_stem, read_result
 from imagewatch.config.schema import DELETE, Options
 from imagewatch.config.validate import check
 from imagewatch.protocol import notice
-from imagewatch.protocol.names import SUFFIX, stem_of, tagged
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX, stem_of, tagged
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import read_image
 from imagewatch.system.errors import BadRequest, SpoolError, UsageError

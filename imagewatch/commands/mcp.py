@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from imagewatch.commands.allowed_images import AllowedImages
-from imagewatch.commands.common import Seconds, config_option, load_folders
+from imagewatch.commands.common import Seconds, config_option, load_folders, root_option
 from imagewatch.commands.named_jobs import NamedJobs
 from imagewatch.commands.terminal import say
 from imagewatch.system.errors import BadRequest, UsageError
@@ -29,12 +29,7 @@ _EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
 
 
 @click.command()
-@click.option(
-    "--root",
-    type=click.Path(readable=False),
-    metavar="FOLDER",
-    help="Watched folder, if this machine has no configuration (a share)",
-)
+@root_option
 @click.option("--folder", default="", metavar="NAME", help="Sub-folder of the inbox for all prompts of this server")
 @click.option(
     "--allow",

@@ -31,7 +31,7 @@ from imagewatch.system.exits import EXIT_SIGNAL
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from mcp.server import ServerRequestContext
 
@@ -182,15 +182,23 @@ class Tools:
         jobs: The jobs.
         seconds: A call is answered after this time at the latest.
         clock: Monotonic clock, seconds.
+        in_thread: Runs a function that uses the folders.
 
     Attributes:
         drops: What is being dropped now.
     """
 
-    def __init__(self, jobs: NamedJobs, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        jobs: NamedJobs,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        in_thread: Callable[..., Coroutine[Any, Any, Any]] = asyncio.to_thread,
+    ) -> None:
         self._jobs = jobs
         self._seconds = seconds
         self._clock = clock
+        self._in_thread = in_thread
         self._answers = Answers(jobs)
         self.drops: set[asyncio.Task[Job]] = set()
 
@@ -250,7 +258,7 @@ class Tools:
         Raises:
             _SlowError: It has not returned in time.
         """
-        task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        task = asyncio.ensure_future(self._in_thread(work, *arguments))
         return await self._ended(latest, task)
 
     async def _ended(self, latest: float, task: asyncio.Task[_T]) -> _T:
@@ -262,7 +270,7 @@ class Tools:
 
     async def _dropped(self, latest: float, work: Callable[..., Job], *arguments: object) -> Job:
         """Drop a prompt in a thread; if the client disconnects meanwhile, this is completed first."""
-        task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        task = asyncio.ensure_future(self._in_thread(work, *arguments))
         self.drops.add(task)
         task.add_done_callback(self.drops.discard)
         try:

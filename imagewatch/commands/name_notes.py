@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HIDDEN = ".submit-"
-"""How hidden names of prompts begin; such a file that stays is removed after a day by the next sender."""
-_STAGED = r"\.submit-[0-9a-f]{16}\.prompt\.txt"
+"""How hidden names of prompts that were withdrawn begin; one that stays is removed after a day by the next sender."""
+_STAGED = r"\.(?:named|submit)-[0-9a-f]{16}\.prompt\.txt"
+"""Hidden name of a prompt until it is dropped; earlier versions noted those of ``submit``."""
 _MOST_BYTES = 1 << 16
 _MODE = 0o644
 _IMAGE = re.compile(r"\.in[0-9]{1,2}\.(png|jpeg|webp)")

@@ -17,12 +17,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of
+from imagewatch.commands.drop import NAMED, Delivery, SubmitRequest, folder_of
 from imagewatch.commands.name_notes import Note, Notes
 from imagewatch.commands.wait import image_names, may_be_of, read_facts
 from imagewatch.config.locate import refusal
 from imagewatch.protocol import notice
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX
 from imagewatch.system.errors import BadRequest, ImagewatchError, Problem, SpoolError
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import printable, whole
@@ -230,7 +230,8 @@ class NamedJobs:
         return True
 
     def _drop_new(self, name: str, digest: str, request: SubmitRequest) -> None:
-        with Delivery(self._config, self._folder, blind=self._blind, opener=self._images.open) as delivery:
+        images = self._images.open
+        with Delivery(self._config, self._folder, blind=self._blind, opener=images, staged=NAMED) as delivery:
             delivery.stage(request, name)
             if self._is_used(name):
                 raise BadRequest([Problem("name", f"{_USED}, and was not made with this tool", _OTHER_NAME)])
@@ -275,8 +276,8 @@ class NamedJobs:
     def _result(self, name: str, note: Note | None) -> Job | None:
         """Return the job of a receipt, else of an error file of this name; the newest if there are several."""
         places: tuple[tuple[State, str, str], ...] = (
-            ("completed", self._config.folders.outbox, ".receipt.toml"),
-            ("failed", self._config.folders.errors, ".error.toml"),
+            ("completed", self._config.folders.outbox, RECEIPT),
+            ("failed", self._config.folders.errors, ERROR),
         )
         for state, top, ending in places:
             folder = os.path.join(top, self._folder)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imagewatch.commands.wait import Result
     from imagewatch.config.schema import Config
 
-_CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
+CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 
 
 def print_results(jobs: Sequence[Result], form: str, queue: dict[str, Any] | None = None) -> None:
@@ -64,7 +64,7 @@ def _markdown(job: Result, image: str) -> str:
 def report(jobs: Sequence[Result], left: Sequence[Result], config: Config) -> None:
     """Print costs, problems, and the prompts that are not finished, on standard error."""
     for job in jobs:
-        source, charged = printable(job.source), _CHARGED.get(str(job.facts.get("charged")), "")
+        source, charged = printable(job.source), CHARGED.get(str(job.facts.get("charged")), "")
         if job.destination == "errors":
             lines = problem_lines(str(job.facts.get("message", "")), _problems(job))
             lines[0] = f"{source}: {charged}: {lines[0]}"

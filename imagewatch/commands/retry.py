@@ -24,7 +24,7 @@ from imagewatch.commands.state import is_running, load_as_owner
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.job.receipts import unvouched
 from imagewatch.journal.control import Control
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import ERROR, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
 from imagewatch.system.disk import Disk
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config, Folders
     from imagewatch.journal.journal import Journal
 
-_ENDING = ".error.toml"
-_ENDINGS = (_ENDING, SUFFIX, "")
+_ENDINGS = (ERROR, SUFFIX, "")
 _MOST_BYTES = 4 << 20
 _JOB = re.compile("[0-9a-f]{16}")
 _HASH = re.compile("[0-9a-f]{64}")
@@ -138,7 +137,7 @@ class Failed:
     @property
     def name(self) -> str:
         """The name that people see."""
-        return os.path.join(self.folder, os.path.basename(self.path)[: -len(_ENDING)])
+        return os.path.join(self.folder, os.path.basename(self.path)[: -len(ERROR)])
 
 
 class Retry:
@@ -169,7 +168,7 @@ class Retry:
         for folder, inner, names in os.walk(self._errors):
             inner[:] = [name for name in inner if not name.startswith(".")]
             for name in names:
-                if name.endswith(_ENDING) and not name.startswith("."):
+                if name.endswith(ERROR) and not name.startswith("."):
                     path = os.path.join(folder, name)
                     with contextlib.suppress(FileNotFoundError):
                         found.append((os.lstat(path).st_mtime_ns, path))
@@ -188,7 +187,7 @@ class Retry:
         for ending in _ENDINGS:
             stem = name[: -len(ending)] if ending and name.endswith(ending) else name
             for base in (self._errors, "."):
-                path = os.path.abspath(os.path.join(base, stem + _ENDING))
+                path = os.path.abspath(os.path.join(base, stem + ERROR))
                 if path.startswith(self._errors + os.sep) and os.path.lexists(path):
                     return path
         shown = printable(name, 255)

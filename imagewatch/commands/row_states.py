@@ -17,7 +17,7 @@ from imagewatch.config.locate import refusal
 from imagewatch.config.schema import DELETE
 from imagewatch.job.receipts import unvouched
 from imagewatch.protocol import notice
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable, whole
@@ -34,7 +34,6 @@ Known = Literal["new", "waiting", "completed", "failed", "recorded"]
 """``recorded``: recorded as dropped, or named in the daemon's status, and nothing shows what has become of it: in
 flight, or its files were moved."""
 
-RECEIPT, ERROR = ".receipt.toml", ".error.toml"
 _MOST_BYTES = 4 << 20
 _MOST_TAGS = 2
 """Parts that a name may get between base name and ending if the plain name exists."""

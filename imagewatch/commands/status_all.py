@@ -9,7 +9,9 @@ import click
 
 from imagewatch.commands.state import local_time, usable_journal
 from imagewatch.daemon.status import iso, shared_holds
+from imagewatch.journal.account import SHARED
 from imagewatch.journal.budget import day_and_month
+from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import UsageError
 from imagewatch.system.text import amount, printable
 
@@ -53,23 +55,33 @@ def account_page(config: Config) -> dict[str, Any]:
 def _instance(member: Member, lease_seconds: float) -> dict[str, Any]:
     found = _reported(member.status)
     state = "not_seen" if member.unseen_seconds >= lease_seconds else "running"
-    holds = found.get("holds")
+    state = "stopped" if member.ended_at is not None else state
     return {
         "instance": printable(member.name),
         "host": printable(member.host),
         "inbox": printable(member.folder),
         "version": printable(member.version),
-        "state": "stopped" if member.ended_at is not None else state,
+        "state": state,
         "started": iso(member.started_at),
         "seen": iso(member.seen_at),
         "stopped": iso(member.ended_at),
         **{name: found[name] if isinstance(found.get(name), int) else None for name in _COUNTS},
-        "holds": [
-            {name: printable(str(one.get(name, ""))) for name in ("kind", "reason", "next")}
-            for one in (holds if isinstance(holds, list) else ())
-            if isinstance(one, dict)
-        ],
+        "holds": _holds(found.get("holds"), is_running=state == "running"),
     }
+
+
+def _holds(reported: object, *, is_running: bool) -> list[dict[str, str]]:
+    """Return the holds of a daemon alone; of one that does not run those that its next start finds.
+
+    Those of the account are in the database, and what a daemon has reported of them may be over.
+    """
+    found = [one for one in reported if isinstance(one, dict)] if isinstance(reported, list) else []
+    lasting = {kind.name for kind in HOLDS.values() if kind.is_account or kind.others is Others.PERSON}
+    return [
+        {name: printable(str(one.get(name, ""))) for name in ("kind", "reason", "next")}
+        for one in found
+        if one.get("kind") not in SHARED and (is_running or one.get("kind") in lasting)
+    ]
 
 
 def _reported(text: str) -> Mapping[str, Any]:
@@ -102,13 +114,12 @@ def lines(page: Mapping[str, Any]) -> Iterator[str]:
         next_try = f"; next try at {local_time(hold['next_try_at'])}" if hold["next_try_at"] else ""
         yield click.style(f"  on hold    {hold['kind']}: {hold['reason']}{next_try}", fg="red")
         yield f"             {hold['next']}"
-    of_all = {hold["kind"] for hold in page["holds"]}
     for one in page["instances"]:
         yield ""
-        yield from _block(one, of_all)
+        yield from _block(one)
 
 
-def _block(one: Mapping[str, Any], of_all: set[str]) -> Iterator[str]:
+def _block(one: Mapping[str, Any]) -> Iterator[str]:
     state = {
         "running": "running",
         "stopped": f"stopped since {local_time(one['stopped'])}",
@@ -124,6 +135,5 @@ def _block(one: Mapping[str, Any], of_all: set[str]) -> Iterator[str]:
         if name != "stuck" or one[name]:
             yield click.style(f"  {label:<10} {value}", fg="red" if name == "stuck" else None)
     for hold in one["holds"]:
-        if hold["kind"] not in of_all:
-            yield click.style(f"  on hold    {hold['kind']}: {hold['reason']}", fg="red")
-            yield f"             {hold['next']}"
+        yield click.style(f"  on hold    {hold['kind']}: {hold['reason']}", fg="red")
+        yield f"             {hold['next']}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from imagewatch.commands.batch import Batch
-from imagewatch.commands.common import Seconds, config_option, load_folders
+from imagewatch.commands.common import Seconds, config_option, load_folders, root_option
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
 from imagewatch.commands.expected_cost import Costs
 from imagewatch.commands.finished import FinishedPrompts, changed, describe
@@ -46,12 +46,6 @@ _QUEUE_SECONDS = 2.0
 """How often the status file is read while results are waited for."""
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
 
-_root_option = click.option(
-    "--root",
-    type=click.Path(readable=False),
-    metavar="FOLDER",
-    help="Watched folder, if this machine has no configuration (a share)",
-)
 _wait_option = click.option("--wait", is_flag=True, help="Wait for the results and print them")
 _timeout_option = click.option(
     "--timeout",
@@ -102,7 +96,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="The same as
 @click.option("--preset", metavar="NAME", help="Preset of the configuration")
 @click.option("--folder", default="", metavar="NAME", help="Sub-folder of the inbox")
 @click.option("--name", metavar="NAME", help="Base name of the results; without it: the first words and some digits")
-@_root_option
+@root_option
 @_wait_option
 @_timeout_option
 @_format_option
@@ -131,7 +125,7 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
 @click.argument("name")
 @click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Number of images, 1 to 4; else as before")
 @click.option("--seed", type=int, metavar="NUMBER", help="Seed; else as before")
-@_root_option
+@root_option
 @_wait_option
 @_timeout_option
 @_format_option

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.locate import refusal
 from imagewatch.job.receipts import unvouched
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable, whole
@@ -116,8 +116,8 @@ class Waiting:
         self._inbox = folders.inbox
         self._jobs: dict[str, Result] = {}
         self._places = (
-            _Place("outbox", os.path.join(folders.outbox, folder), ".receipt.toml"),
-            _Place("errors", os.path.join(folders.errors, folder), ".error.toml"),
+            _Place("outbox", os.path.join(folders.outbox, folder), RECEIPT),
+            _Place("errors", os.path.join(folders.errors, folder), ERROR),
         )
         self._known: set[_Identity] = set()
         self._over: set[str] = set()

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=msgspec.Struct)
 _MAX_MODE: Final = 0o7777
+_ESCAPED_BYTE: Final = re.compile(r"\\udc[89a-f][0-9a-f]")
 _FIRST_LEVEL: Final = "name a folder directly in the inbox; its budget counts for everything below it"
 
 
@@ -279,6 +280,9 @@ class Draft(Tables):
             elif section == "budgets" and name[0] in "@#~$":
                 reason = "is a folder that is never entered: its name begins with @, #, ~ or $"
                 self._wrong(f"{section}.{name}", reason, _FIRST_LEVEL)
+            elif section == "budgets" and _ESCAPED_BYTE.search(name):  # what is spent in the two would be one sum
+                reason = "has a part like \\udcff, which is how the ledger writes a name that is not UTF-8"
+                self._wrong(f"{section}.{name}", reason, "rename the folder")
         return {name: self._checked(table, struct, f"{section}.{name}") for name, table in tables.items()}
 
     def _retry(self) -> Retry:

@@ -16,6 +16,7 @@ The modules, in the order in which they are read::
     recovery        what an earlier process left behind
     admission       holds: when they begin and end, and whether the first byte of a request may leave
     account         holds of a shared account, as this daemon applies them
+    team            one inbox that several daemons process: leads or not, offers and takes
     stores          local disk and shared database: which failed, and how each is tested
     announcements   which holds are to be notified
     burst           whether too many prompts came at the same time
@@ -28,6 +29,7 @@ The modules, in the order in which they are read::
     status          the content of ``status.json``; also for the commands that read it
     folder_status   writes the status files for the users of the folders
     notice_content  what is in them
+    notice_record   where they were written: old ones are removed
     by_folder       what the status shows of each first-level folder: what waits, what of its budget is spent
     ignored         which ignored files the log names
     systemd         the notification protocol of the service manager

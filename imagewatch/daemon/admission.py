@@ -159,6 +159,10 @@ class Admission:
         with self._first_bytes:
             pass
 
+    def is_burst(self) -> bool:
+        """Return whether too many prompts came at the same time."""
+        return self._holds.has("burst")
+
     def stores_work(self) -> bool:
         """Return whether no hold for local disk or database forbids what needs no request any more."""
         return not any(self._holds.waits(kind, self._now()) for kind in STORES)
@@ -314,10 +318,14 @@ class Admission:
                 self._holds.resume(self._with_step(Reason(kind, message)), self._now())
         self._knows_holds = True
 
-    def patience(self) -> float:
-        """Return after how many seconds a hold is due to be tried again; infinite without one."""
+    def patience(self, since: float) -> float:
+        """Return after how many seconds a hold is due to be tried again; infinite without one.
+
+        Args:
+            since: Monotonic time before it was asked what may be done. A hold that has ended since then is due.
+        """
         now = self._now()
-        waiting = self._holds.waiting(now)
+        waiting = self._holds.waiting(since)
         seconds = waiting.until - now if waiting else math.inf
         return min(seconds, self._stamp_at - now) if self.watches_key() else seconds
 
@@ -406,8 +414,8 @@ class Admission:
         if ended:
             self._on_change(at_once=not all(hold.brief for hold in ended))
             self._remember()
-        for hold in ended:
-            self._ended[hold.kind] = self._now()
+        self._ended |= {hold.kind: self._now() for hold in ended}
+        self.stores.ended(hold.kind for hold in ended)
         _log_end(ended)
 
     def _remember(self) -> None:

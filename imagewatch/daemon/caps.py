@@ -56,15 +56,30 @@ class Caps:
         self._now = monotonic
         self.due = math.inf
         self._waiting: dict[Key, tuple[FileState, _Kind]] = {}
+        self._earlier: dict[Key, _Kind] = {}  # what waited before a reload, and had no turn since
         self._refused: dict[_Kind, Reason] = {}
         self._held: dict[tuple[str, str], Reason] | None = None
 
     def configure(self, config: Config) -> None:
-        """Take a configuration; every prompt is checked again."""
+        """Take a configuration; every prompt is checked again.
+
+        The inbox is scanned again, and all slots may be busy. Until then what has waited counts as waiting: else its
+        hold would end and begin again.
+        """
         self._config = config
+        waited = self._earlier | {key: kind for key, (_, kind) in self._waiting.items()}
+        self._earlier = {
+            key: (name, asked)
+            for key, (_, asked) in waited.items()
+            for name in (self._with_budget(key),)
+            if self._has_cap(name)
+        }
+        kinds = set(self._earlier.values())
+        self._refused = {kind: refusal for kind, refusal in self._refused.items() if kind in kinds}
         self._waiting.clear()
-        self._refused.clear()
         self._held = None
+        if self._earlier:
+            self.soon()
 
     def admits(self, candidate: Candidate, claim: Claim) -> bool:
         """Return whether a prompt may be claimed; if so, what it may cost is reserved.
@@ -75,9 +90,10 @@ class Caps:
             SpoolError: The journal cannot be used, or a job of that name is not over.
         """
         kind = self._kind(candidate)
+        self._earlier.pop(candidate.key, None)
+        self._held = None
         if kind is None:  # its worker opens its job
             return True
-        self._held = None
         refusal = self._refused.get(kind) or self._journal.open(claim, kind[1])
         if refusal is None:
             self._waiting.pop(candidate.key, None)
@@ -88,9 +104,8 @@ class Caps:
 
     def _kind(self, candidate: Candidate) -> _Kind | None:
         """Return the kind of a prompt; None if there is no cap for it, or its job will refuse it anyway."""
-        limits, name = self._config.limits, first_level(candidate.key[0])
-        name = name if name in self._config.budgets else ""
-        if not (name or limits.credits_per_day or limits.credits_per_month):
+        name = self._with_budget(candidate.key)
+        if not self._has_cap(name):
             return None
         known = self._waiting.get(candidate.key)
         if known and known[0] == candidate.states[0]:
@@ -102,6 +117,15 @@ class Caps:
         except BadRequest:
             return None
 
+    def _with_budget(self, key: Key) -> str:
+        """Return the first-level folder whose budget counts for a prompt, or an empty string."""
+        name = first_level(key[0])
+        return name if name in self._config.budgets else ""
+
+    def _has_cap(self, name: str) -> bool:
+        limits = self._config.limits
+        return bool(name or limits.credits_per_day or limits.credits_per_month)
+
     def soon(self) -> None:
         """Check the prompts that wait again soon: what they may cost, or what is left of the caps, has changed."""
         self.due = self._now()
@@ -110,26 +134,43 @@ class Caps:
         """Return whether a prompt that waits may fit now."""
         return bool(self._waiting) and self.due <= self._now()
 
-    def check(self, is_there: Callable[[Key], bool]) -> set[Key]:
+    def check(self, is_there: Callable[[Key], bool], is_file: Callable[[Key], bool]) -> set[Key]:
         """Check every request that waits again.
 
         Args:
-            is_there: Returns whether a prompt is still in the inbox.
+            is_there: Returns whether a prompt is still passed over.
+            is_file: Returns whether a prompt is still in the inbox.
 
         Returns:
             The prompts that may fit now.
         """
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
+        self._forget_missing(is_file)
         if any(refusal.kind == "rate" for refusal in self._refused.values()):
             self._journal.correct_times()  # else a clock that was set back would hold them until it has caught up
         budget = self._journal.budget()
-        kinds = {kind for _, kind in self._waiting.values()}
+        kinds = {kind for _, kind in self._waiting.values()} | set(self._earlier.values())
         found = {
             (name, asked): budget.over_cap(asked, folder=name) or budget.over_budget_rate(name) for name, asked in kinds
         }
         self._refused = {kind: refusal for kind, refusal in found.items() if refusal and refusal.row.is_own}
         return {key for key, (_, kind) in self._waiting.items() if kind not in self._refused}
+
+    def _forget_missing(self, is_file: Callable[[Key], bool]) -> None:
+        """Forget what waited before a reload and was removed; one prompt of each kind is enough to be found."""
+        found: set[_Kind] = set()
+        for key, kind in list(self._earlier.items()):
+            if kind not in found and is_file(key):
+                found.add(kind)
+            elif kind not in found:
+                del self._earlier[key]
+
+    def all_had_their_turn(self) -> None:
+        """Note that every prompt of the inbox was checked since the last reload."""
+        if self._earlier:
+            self._earlier.clear()
+            self._held = None
 
     def __len__(self) -> int:
         """Return how many prompts wait at a cap."""
@@ -159,7 +200,7 @@ class Caps:
 
     def _find_held(self) -> dict[tuple[str, str], Reason]:
         found: dict[tuple[str, str], Reason] = {}
-        for _, kind in self._waiting.values():
+        for kind in {kind for _, kind in self._waiting.values()} | set(self._earlier.values()):
             refusal = self._refused.get(kind)
             if refusal is None or refusal.kind not in HOLDS:
                 continue

@@ -72,6 +72,8 @@ class Dispatch:
     def _start_all(self) -> None:
         """Start what may be done now. The first-level folders take turns: what is claimed, then the oldest prompt."""
         self._admission.probe_stores()
+        if self._parts.journal.file.is_shared and not self._parts.is_recovered and self._admission.stores_work():
+            self._recovery.complete()
         claimed: dict[str, list[Job]] = {}
         for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
             claimed.setdefault(job.folder, []).append(job)
@@ -81,6 +83,7 @@ class Dispatch:
         while may_go() and (name := self._intake.turns.first()) is not None:
             if not self._serve(name, own.get(name, [])):
                 break
+        self._write_offers()
         self._take_offered()
         for job in (job for jobs in claimed.values() for job in jobs):
             if self._may_send():  # nothing new may be claimed, for which these need not wait
@@ -133,10 +136,10 @@ class Dispatch:
     def _may_claim(self) -> bool:
         """Return whether another prompt may be claimed."""
         self._arrivals.count_new()
-        may_go = self._may_offer if self._team.is_on else self._may_send
-        if not (self._intake.any() and self._intake.may_claim() and may_go() and self._admission.has_room()):
+        if not (self._intake.any() and self._intake.may_claim()):
             return False
-        return self._recovery.complete()
+        may_go = self._may_offer() if self._team.is_on else self._may_send() and self._admission.has_room()
+        return may_go and self._recovery.complete()
 
     def _claim_next(self, name: str) -> None:
         job, at = self._parts.spool.new_job(), self._parts.journal.clock()
@@ -145,7 +148,7 @@ class Dispatch:
             return
         self._arrivals.claimed(candidate)
         if self._team.is_on:
-            self._offer(candidate.claim(job, at))
+            self._team.offer(candidate.claim(job, at))
             return
         start = functools.partial(self._parts.worker.start, candidate.claim(job, at))
         self._submit(Job(job, candidate.key), start)
@@ -153,22 +156,29 @@ class Dispatch:
     # A common inbox
 
     def _may_offer(self) -> bool:
-        return self._admission.slots() > 0 and self._team.may_offer()
+        """Return whether another prompt may be offered. A hold of this daemon alone does not concern the others."""
+        return self._team.may_offer() and not self._admission.is_burst()
 
-    def _offer(self, claim: Claim) -> None:
-        """Let any daemon of the inbox take a prompt."""
+    def _write_offers(self) -> None:
+        """Let any daemon of the inbox take the prompts that were chosen."""
         try:
-            self._team.offer(claim)
+            refused = self._team.write_offers()
         except SpoolError as error:
             self._admission.failed(error)
-            self._intake.scanner.soon((claim.folder, claim.stem))
+            refused = self._team.withdraw()
+        for key in refused:
+            self._intake.scanner.soon(key)
 
     def _take_offered(self) -> None:
         """Take prompts that the leader of the inbox has offered, as many as may be sent."""
-        if not (self._team.is_on and self._may_send() and self._admission.has_room() and self._recovery.complete()):
+        if not self._team.is_on:
             return
         try:
             self._team.refresh()
+            if not (self._team.may_take() and self._may_send() and self._admission.has_room()):
+                return
+            if not self._recovery.complete():
+                return
             taken = self._team.take(self._jobs.free(self._admission.slots()))
         except SpoolError as error:
             self._admission.failed(error)
@@ -195,7 +205,7 @@ class Dispatch:
             return
         caps.due = math.inf
         try:
-            self._intake.reconsider(caps.check(self._intake.is_passed_over))
+            self._intake.reconsider(caps.check(self._intake.is_passed_over, self._intake.is_file))
         except SpoolError as error:  # the ledger cannot be read
             self._admission.failed(error)
             caps.due = self._parts.now() + DISK_SECONDS
@@ -203,6 +213,8 @@ class Dispatch:
     def _hold_at_caps(self) -> None:
         """Show at which caps prompts wait now that those that fit were claimed."""
         caps = self._parts.caps
+        if not (self._intake.any() or self._intake.scanner.pending):
+            caps.all_had_their_turn()
         held = caps.held()
         self._admission.set_caps(held)
         if held:

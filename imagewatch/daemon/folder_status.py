@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from imagewatch.config.locate import others_above
 from imagewatch.daemon.notice_content import Content
+from imagewatch.daemon.notice_record import NoticeRecord
 from imagewatch.protocol import notice
 from imagewatch.protocol.notice_text import as_text
 from imagewatch.system.disk import Disk
@@ -57,6 +58,7 @@ class FolderStatus:
         # Not the daemon's own disk: its folders are below this one, and what is in them is reached from themselves.
         self._disk = Disk()
         self._content = Content(parts)
+        self._record = NoticeRecord(parts.config.folders.state, parts.spool.disk)
         self._processor = processor
         self._last: Notice | None = None
         self._due, self._wall_due = 0.0, 0.0
@@ -64,6 +66,10 @@ class FolderStatus:
         self._is_pending = False
         self._way = ""
         self.problem = ""
+
+    def begin(self) -> None:
+        """Remove the files that an earlier process has written in another folder."""
+        self._record.begin(self._folder)
 
     @property
     def due(self) -> float | None:
@@ -119,12 +125,14 @@ class FolderStatus:
         else:
             page = replace(content, written_at=notice.at(wall), next_writing_at=notice.at(wall + seconds))
         self._last = content
-        problems = []
-        for name, text in ((notice.JSON, notice.encode(page)), (notice.TEXT, as_text(page).encode())):
+        problems, contents = [], {notice.JSON: notice.encode(page), notice.TEXT: as_text(page).encode()}
+        for name, text in contents.items():
             try:
                 self._replace(os.path.join(self._folder, name), text)
             except SpoolError as error:
                 problems.append(error)
+        if len(problems) < len(contents):
+            self._record.written(self._way, contents)
         self._report(problems)
 
     def _report(self, problems: list[SpoolError]) -> None:

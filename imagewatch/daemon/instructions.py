@@ -68,8 +68,11 @@ class Instructions:
     def _reopen(self, job: str) -> None:
         """Read the saved response of a job again, as ``retry`` asked for."""
         parts = self._parts
-        if not parts.worker.holds(job):
-            return  # the daemon of the inbox that has it does that
+        if parts.team.is_on:
+            if parts.team.reopen(job):
+                self._results.count_left()
+                parts.status.change()
+            return
         is_read = job in parts.jobs  # asked for twice, or before a crash
         if not is_read and parts.journal.reopen(job):
             reopened = Job(job, parts.spool.key(job))

@@ -16,7 +16,7 @@ from imagewatch.inbox.prompt_files import path_of
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.inbox.watching import Watching
 from imagewatch.job.delivery import blocked
-from imagewatch.protocol.names import stem_of
+from imagewatch.protocol.names import SUFFIX, stem_of
 from imagewatch.system.file_systems import keeps_times
 from imagewatch.system.untrusted import open_file
 
@@ -284,6 +284,10 @@ class Intake:
     def is_passed_over(self, key: Key) -> bool:
         """Return whether a prompt that did not fit below the caps is still in the inbox."""
         return self._scan.order.is_passed_over(key)
+
+    def is_file(self, key: Key) -> bool:
+        """Return whether a prompt is in the inbox now, also if it was not scanned yet."""
+        return self._tops.exists(os.path.join(self._inbox, key[0], key[1] + SUFFIX))
 
     def reconsider(self, keys: Collection[Key]) -> None:
         """Let prompts that did not fit below the caps have their turn again."""

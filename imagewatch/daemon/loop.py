@@ -18,7 +18,7 @@ import structlog
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
-from imagewatch.daemon.mailbox import Asked, DiskFailed, Finished, Hinted, Notified, Saved, Signalled
+from imagewatch.daemon.mailbox import Asked, DiskFailed, Finished, Hinted, Notified, Offered, Saved, Signalled
 from imagewatch.daemon.parts import Parts
 from imagewatch.daemon.recovery import Recovery
 from imagewatch.daemon.report import Report
@@ -95,6 +95,7 @@ class Daemon:
         self._report = Report(self._parts)
         self._is_draining = False
         self._looked_at = -math.inf
+        self._asked_at = 0.0  # before it was last asked what may be done, monotonic seconds
 
     # Running
 
@@ -165,6 +166,7 @@ class Daemon:
             self._take(message)
         while not self._is_over():
             self._scan_if_due()
+            self._asked_at = self._now()
             self._dispatch.run(is_draining=self._is_draining)
             self._report.write_if_due()
             if not self._is_over():
@@ -187,8 +189,14 @@ class Daemon:
 
     def _take_messages(self) -> None:
         """Wait for the next message or the next thing to do, then take what messages there are."""
+        is_asked = False  # once for all of them: other daemons of an account may ask often
         for message in self._parts.mailbox.wait(self._patience()):
-            self._take(message)
+            if isinstance(message, Asked):
+                is_asked = True
+            else:
+                self._take(message)
+        if is_asked:
+            self._take(Asked())
 
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
@@ -199,7 +207,7 @@ class Daemon:
             self._scan_due(),
             self._parts.team.next_due(),
             self._dispatch.next_due(),
-            now + self._admission.patience(),
+            now + self._admission.patience(self._asked_at),
         ]
         times.append(self._admission.announcements.due)
         if (due := self._report.due) is not None:
@@ -213,6 +221,8 @@ class Daemon:
             case Asked():
                 self._instructions.follow()
                 self._take_over()
+            case Offered():
+                self._parts.team.offered()
             case Signalled(signal.SIGHUP):
                 self._reconfigure()
             case Signalled():
@@ -246,6 +256,7 @@ class Daemon:
     def _stop(self, number: int) -> None:
         self._is_draining = True
         self._admission.wait_for_first_bytes()
+        self._parts.team.drain()
         self._report.stopping(number)
 
     def _end(self) -> None:
@@ -320,11 +331,15 @@ class Daemon:
             self._parts.spool.require_folders()
             self._results.forget_removed()
             self._parts.team.refresh()
+            self._parts.team.tidy()
             is_new = self._parts.team.leads() and self._intake.scan(self._parts.team.taken())
         except SpoolError as error:
             self._admission.failed(error)
             self._intake.scanner.late(DISK_SECONDS)
+            self._parts.team.cannot_scan()
+            self._looked_at = self._now() - self._parts.config.inbox.rescan_seconds + DISK_SECONDS
             return
+        self._parts.team.can_scan()
         self._looked_at = self._now()
         self._instructions.follow()
         if is_new:

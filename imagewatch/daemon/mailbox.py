@@ -63,7 +63,12 @@ class Asked:
     """A command, or another daemon of a shared account, may have asked for something."""
 
 
-Message = Hinted | Asked | Signalled | Saved | Finished | DiskFailed | Notified
+@dataclass(frozen=True)
+class Offered:
+    """A prompt is offered to the daemons of the inbox."""
+
+
+Message = Hinted | Asked | Offered | Signalled | Saved | Finished | DiskFailed | Notified
 
 
 class Mailbox:

@@ -14,7 +14,7 @@ from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.intake import Intake
 from imagewatch.daemon.jobs import Jobs
-from imagewatch.daemon.mailbox import Asked, DiskFailed, Mailbox, Notified, Saved
+from imagewatch.daemon.mailbox import Asked, DiskFailed, Mailbox, Notified, Offered, Saved
 from imagewatch.daemon.status import Status
 from imagewatch.daemon.systemd import Notify
 from imagewatch.daemon.team import Team
@@ -91,6 +91,7 @@ class Parts:
         )
         self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
         self.admission.announcements.on_written = self.notifier.wake
+        self.admission.stores.on_database_back = self._doubt_jobs
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         self.status.events = self.journal.events
         tops = self.spool.tops
@@ -115,7 +116,12 @@ class Parts:
             lambda: (self.status.summary, self.config.limits.concurrency),
             self.team.tick,
             lambda: self.mailbox.put(Asked()),
+            lambda: self.mailbox.put(Offered()),
         )
+
+    def _doubt_jobs(self) -> None:
+        """Note that jobs that were over may be open again: a server that crashed loses commits that were not synced."""
+        self.is_recovered = self.is_recovered and not self.journal.file.is_shared
 
     def _changed_hold(self, *, at_once: bool) -> None:
         self.status.change(at_once=at_once)

@@ -47,6 +47,7 @@ class Report:
         """Note that the daemon runs from now on, in this state."""
         self._parts.status.state = state
         self._ready_at = self._parts.now() + _LONGEST_START
+        self._in_folders.begin()
 
     def scanned(self, *, is_new: bool) -> None:
         """Report a scan.

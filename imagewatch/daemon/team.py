@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from typing import TYPE_CHECKING
 
 import structlog
 
 from imagewatch.daemon.jobs import Job
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from imagewatch.daemon.parts import Parts
@@ -43,22 +45,35 @@ class Team:
         self.is_on = self._common.is_on
         self._names: set[Key] = set()
         self._offered, self._most = 0, 0
-        self._read_at = -math.inf
+        self._read_at = self._took_at = self._tidied_at = -math.inf
         self._leads = False
+        self._offers: dict[str, Claim] = {}
+        self._may_be_more = True
+        # Set in the main thread, and read in the one of ``tick``.
+        self._passed_at, self._can_scan, self._is_draining = parts.now(), True, False
 
     # In the thread that shows that the daemon runs
 
     def tick(self) -> None:
-        """Prolong the leases of this daemon's jobs, and lead if no other one does; errors show elsewhere."""
-        if self.is_on:
-            with contextlib.suppress(SpoolError):
-                self._common.renew()
+        """Prolong the leases of this daemon's jobs, and lead if no other one does; errors show elsewhere.
+
+        A daemon that cannot scan lets another one lead. So does one whose main thread waits for a folder for long.
+        """
+        if not self.is_on:
+            return
+        is_able = self._can_scan and self._parts.now() - self._passed_at < self._common.lease_seconds
+        with contextlib.suppress(SpoolError):
+            self._common.renew()
+            if is_able and not self._is_draining:
                 self._common.lead()
+            elif self._common.leads:
+                self._common.resign()
 
     # The leader
 
     def leads(self) -> bool:
         """Return whether this daemon scans the inbox."""
+        self._passed_at = self._parts.now()
         leads = self._common.leads
         if leads != self._leads and self.is_on:
             self._leads = leads
@@ -79,14 +94,28 @@ class Team:
         Raises:
             SpoolError: The database cannot be used.
         """
-        if not self.leads() or self._parts.now() < self._read_at + self._interval():
+        if not (self.is_on and self.leads()) or self._parts.now() < self._read_at + self._interval():
             return
         names, self._offered = self._common.names()
         self._most = _AHEAD * max(self._common.slots(), 1)
         over, self._names = self._names - names, set(names)
         self._read_at = self._parts.now()
+        if over:
+            self._parts.caps.soon()  # what was reserved for them may be free
         for key in over:
             self._parts.intake.over(key)
+            if self._parts.spool.is_in_inbox(key):  # given back, or never claimed by the daemon that had taken it
+                self._parts.intake.scanner.soon(key)
+
+    def tidy(self) -> None:
+        """Put back what daemons that have died had claimed too late, if it is time to look for that.
+
+        Raises:
+            SpoolError: The database, or the folder of claimed files, cannot be used.
+        """
+        if self.is_on and self._leads and self._parts.now() >= self._tidied_at + self._common.lease_seconds:
+            self._tidied_at = self._parts.now()
+            self._parts.worker.tidy()
 
     def _interval(self) -> float:
         return _REFRESH_SECONDS if self._parts.intake.any() else _REST_SECONDS
@@ -96,16 +125,58 @@ class Team:
         return self.leads() and self._offered < self._most
 
     def offer(self, claim: Claim) -> None:
-        """Let any daemon take a prompt.
+        """Let any daemon take a prompt, with the next ``write_offers``."""
+        self._offers[claim.job] = claim
+        self._names.add((claim.folder, claim.stem))
+        self._offered += 1
+
+    def write_offers(self) -> list[Key]:
+        """Write down which prompts are offered, all in one transaction.
+
+        Returns:
+            Those of which another job is not over.
 
         Raises:
             SpoolError: The database cannot be used.
         """
-        self._parts.journal.offer(claim)
-        self._names.add((claim.folder, claim.stem))
-        self._offered += 1
+        if not self._offers:
+            return []
+        known = self._common.offer_all(list(self._offers.values()))
+        refused = [(one.folder, one.stem) for job, one in self._offers.items() if job not in known]
+        self._offers.clear()
+        self._may_be_more = True
+        return refused
+
+    def withdraw(self) -> list[Key]:
+        """Forget offers that could not be written; return their prompts."""
+        keys = [(one.folder, one.stem) for one in self._offers.values()]
+        self._offers.clear()
+        self._names.difference_update(keys)
+        return keys
+
+    def cannot_scan(self) -> None:
+        """Note that this daemon cannot use the inbox: another one may be able to."""
+        self._can_scan = False
+
+    def can_scan(self) -> None:
+        """Note that this daemon can use the inbox."""
+        self._can_scan = True
+
+    def drain(self) -> None:
+        """Let another daemon lead as soon as possible: this one ends when its jobs are over."""
+        self._is_draining = True
+        if self.is_on:  # not in this thread: the database may not answer
+            threading.Thread(target=self.tick, name="resign", daemon=True).start()
 
     # Every daemon
+
+    def offered(self) -> None:
+        """Note that there may be something to take."""
+        self._may_be_more = True
+
+    def may_take(self) -> bool:
+        """Return whether there may be something to take: a notification can be lost."""
+        return self._may_be_more or self._parts.now() >= self._took_at + _REST_SECONDS
 
     def take(self, most: int) -> list[tuple[Job, Claim]]:
         """Take jobs that are offered.
@@ -113,13 +184,46 @@ class Team:
         Raises:
             SpoolError: The database cannot be used.
         """
-        found = []
-        for taken in self._common.take(most) if self.is_on and most > 0 else ():
+        if most <= 0:
+            return []
+        found, everything = [], self._common.take(most)
+        self._took_at, self._may_be_more = self._parts.now(), len(everything) == most
+        for taken in everything:
             if taken.claim is None:
                 self._parts.jobs.defer(Job(taken.job), 0.0)  # its worker reports that its record is damaged
             else:
                 found.append((Job(taken.job, (taken.claim.folder, taken.claim.stem)), taken.claim))
         return found
+
+    def reopen(self, job: str) -> bool:
+        """Let the response of a job that was kept be read again, as ``retry`` asked for; return whether this one does.
+
+        The daemon that kept it does that; if it does not run, any other one that finds the response in the claim
+        folder.
+
+        Raises:
+            SpoolError: The database, or the folder of claimed files, cannot be used.
+        """
+        parts, handover = self._parts, self._parts.spool.handover
+        holder, _, state = self._common.where(job) or ("", 0, "done")
+        is_own = False
+        if state == "kept":
+            is_running, is_gone = self._common.member(holder)
+            is_mine = holder == self._common.instance
+            if not is_mine and (is_running or not (is_gone or handover.has_response(job))):
+                return False  # that one does it, now or when it runs
+            if not is_mine and not handover.has_response(job):
+                reason = f"only {printable(holder)} had it, which was removed from the account"
+                _log.warning("response_missing", job=job, reason=reason)
+            elif is_own := self._common.reopen_kept(job):
+                handover.fence(job)
+                reopened = Job(job, parts.spool.key(job))
+                _log.info("response_reread", **reopened.names)
+                parts.jobs.defer(reopened, 0.0)
+        elif state == "done":
+            _log.warning("response_missing", job=job)
+        parts.control.retried(job)
+        return is_own
 
     def take_over(self) -> None:
         """Take the jobs of daemons that do not run any more.
@@ -133,8 +237,8 @@ class Team:
             key = (taken.claim.folder, taken.claim.stem) if taken.claim else None
             job = Job(taken.job, key)
             _log.warning("taken_over", **job.names, reason="its daemon does not run any more")
-            self._parts.spool.handover.fence(taken.job)
-            self._parts.jobs.defer(job, 0.0)
+            if taken.job not in self._parts.jobs.at_work:  # else its worker finds out that this daemon has it again
+                self._parts.jobs.defer(job, 0.0)
 
     def next_due(self) -> float:
         """Return the monotonic time at which there is something to ask; infinite without a common inbox."""

@@ -17,7 +17,7 @@ from imagewatch.gallery.folders import MOST_BYTES, Scan, Tree, identity
 from imagewatch.gallery.page import inert
 from imagewatch.gallery.result_files import ResultFile, cut, image_of, job_of, parsed, set_prompt
 from imagewatch.gallery.values import Job
-from imagewatch.protocol.names import NAME_MAX, SUFFIX, tagged
+from imagewatch.protocol.names import ERROR, NAME_MAX, RECEIPT, SUFFIX, tagged
 from imagewatch.system.text import whole
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Folders
 
-_ENDINGS = {"outbox": ".receipt.toml", "errors": ".error.toml"}
+_ENDINGS = {"outbox": RECEIPT, "errors": ERROR}
 _MOST_FILES = 50
 _MOST_READ = 128 << 20
 """Of all result files, bytes, the newest first, so that a flood of them does not keep the page from being written."""

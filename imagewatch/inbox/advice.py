@@ -7,9 +7,9 @@ from types import MappingProxyType
 from imagewatch.inbox.candidate import Wait
 from imagewatch.inbox.system_folders import MARKED
 from imagewatch.protocol.names import SUFFIX, final_name, near_miss
+from imagewatch.protocol.notice_text import NO_ACTION
 from imagewatch.protocol.right_name import has_hidden_ending, is_called_prompt, is_formatted, right_name
 
-NO_ACTION = "no action needed"
 READY = "ready"
 _ADMINISTRATOR = "ask the administrator to check the permissions"
 _BY_WAIT = MappingProxyType(
@@ -22,7 +22,7 @@ _BY_WAIT = MappingProxyType(
         Wait.ARRIVING: "wait until the transfer ends",
         Wait.UNREADABLE: "check the permissions of the file, or save it again",
         Wait.IMAGES: "put these images beside the prompt; without them it goes to the errors folder",
-        Wait.CAP: "no action needed; the prompt is sent when the cap allows it",
+        Wait.CAP: f"{NO_ACTION}; the prompt is sent when the cap allows it",
     }
 )
 _BY_KIND = (

@@ -10,6 +10,7 @@ The modules, in the order in which they are read::
     running      RunningJob: what this process knows of a job
     steps        what is done in each step
     sending      one attempt: recorded, sent, and what is known of it afterwards
+    common_steps what is done besides if other daemons process the same inbox
     completion   how a job ends: its result, its decision and its result file
     rows         the rows of a job's attempts
     receipts     the text of receipt and error file
@@ -19,6 +20,7 @@ The modules, in the order in which they are read::
     spool        Spool: the files of all jobs; which jobs are unfinished
     folders      all folders of one daemon: opened, locked, tested
     claims       the folder of claimed files, known by its inode
+    handover     what daemons of one inbox leave for each other in claim folders
     originals    dropped files: out of the inbox into a claim, and back
     delivery     results and originals into outbox, errors and archive
     earlier      jobs that an earlier version has left in the state folder

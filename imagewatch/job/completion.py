@@ -14,7 +14,7 @@ from imagewatch.job.receipts import compose, with_files
 from imagewatch.job.rows import row_of
 from imagewatch.job.running import NO_ATTEMPT
 from imagewatch.journal.budget import CAPS
-from imagewatch.protocol.names import tagged
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX, tagged
 from imagewatch.protocol.reasons import KINDS
 from imagewatch.protocol.values import Decision, Move
 from imagewatch.system.text import printable
@@ -148,10 +148,10 @@ class Completion:
         """Decide for the errors folder: the originals, the raw response if it was paid for, the error file last."""
         claim, charged = job.claim, row.charged
         ending = f".{beside.name}" if beside else ""
-        base = self._spool.delivery.base(claim, "errors", [".error.toml", *([ending] if beside else [])])
+        base = self._spool.delivery.base(claim, "errors", [ERROR, *([ending] if beside else [])])
         originals = self._spool.delivery.free_originals(claim, "errors", self._spool.originals.present(claim), base)
         if base == claim.stem and any(move.name != move.source.partition("/")[2] for move in originals):
-            base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
+            base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(SUFFIX)
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
         name = os.path.join(claim.folder, base)
         if charged != "yes" and all(move.source != f"claim/{claim.prompt}" for move in originals):
@@ -167,7 +167,7 @@ class Completion:
             billing=billing,
             originals=[{"file": move.name, "dropped_as": move.source.partition("/")[2]} for move in originals],
         )
-        name = f"{base}.error.toml"
+        name = base + ERROR
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
         self._share(job)
         job.record.decide(Decision(destination="errors", moves=moves, **result), row)
@@ -224,7 +224,7 @@ class Completion:
         numbered = top["asked"] != 1 or len(pictures) > 1
         there = [(k, picture) for k, picture in enumerate(pictures, 1) if picture.source]
         endings = [f"-{k}{picture.ending}" if numbered else picture.ending for k, picture in there]
-        base = self._spool.delivery.base(claim, "outbox", [*endings, ".receipt.toml"])
+        base = self._spool.delivery.base(claim, "outbox", [*endings, RECEIPT])
         named = [(base + ending, picture) for ending, (_, picture) in zip(endings, there, strict=True)]
         text, facts = compose(
             claim,
@@ -238,7 +238,7 @@ class Completion:
         moves = tuple(Move(source=f"state/{picture.source}", name=name) for name, picture in named)
         claimed = self._spool.originals.present(claim)
         keep = self._spool.delivery.free_originals(claim, "archive", claimed) if self._spool.archive else ()
-        name = f"{base}.receipt.toml"
+        name = base + RECEIPT
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
         if any(picture.source.startswith(DECODED_AFTERWARDS) for _, picture in there):
             job.record.sync_names()
@@ -286,7 +286,7 @@ class Completion:
                 name = tagged(decision.name, claim.stem, tag)
         moves = tuple(msgspec.structs.replace(move, name=moved.get(move.name, move.name)) for move in decision.moves)
         facts = {**decision.facts, "images": [moved.get(image, image) for image in decision.facts["images"]]}
-        prompts = [os.path.join(claim.folder, one.removesuffix(".error.toml")) for one in (decision.name, name)]
+        prompts = [os.path.join(claim.folder, one.removesuffix(ERROR)) for one in (decision.name, name)]
         text = with_files(decision.result_file, moved, *prompts)
         return msgspec.structs.replace(decision, moves=moves, name=name, result_file=text, facts=facts)
 

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from imagewatch.protocol.names import fits, fitted, tagged
+from imagewatch.protocol.names import RECEIPT, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Destination, Move
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.shared import Together
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _DURABLE = "state/answer.image."
 """Images that were decoded while their response arrived: they were synced with it."""
 _PIECE = 1024 * 1024
-_LONGEST_ENDING = ".receipt.toml"
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """In bytes; what Linux takes."""
 
@@ -115,10 +114,8 @@ class Delivery:
             The stem, or the stem with as much of the job's id as it takes to be free.
         """
         folder = self.destination_folder(destination, claim)
-        plain = [claim.stem] if fits(claim.stem + _LONGEST_ENDING) else []
-        by_id = [
-            fitted(claim.stem, f".{tag}{_LONGEST_ENDING}")[: -len(_LONGEST_ENDING)] for tag in (claim.tag, claim.job)
-        ]
+        plain = [claim.stem] if fits(claim.stem + RECEIPT) else []
+        by_id = [fitted(claim.stem, f".{tag}{RECEIPT}")[: -len(RECEIPT)] for tag in (claim.tag, claim.job)]
         for base in (*plain, *by_id):
             if not any(self._folders.tops.exists(os.path.join(folder, base + ending)) for ending in endings):
                 return base

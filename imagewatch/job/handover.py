@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch.journal.common import lost
-from imagewatch.protocol.names import CLAIM_NOTE
+from imagewatch.protocol.names import CLAIM_NOTE, SUFFIX
 from imagewatch.protocol.values import Claim, Sent, load
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ChargeUnknown, SpoolError
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 _SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
 _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
+_RESPONSE = re.compile(r"answer\.[1-9][0-9]{0,8}")
+_OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
+_FOLDER = re.compile(r"[0-9a-f]{16}(?:\.[1-9][0-9]{0,17})?")
 _PIECE = 1024 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
 
@@ -47,12 +50,14 @@ class Witness(msgspec.Struct, frozen=True, kw_only=True):
         nonce: Of its row.
         instance: The daemon that may have sent it.
         sent: What was sent.
+        claim: Its prompt; None if that is not known.
     """
 
     attempt: int
     nonce: str
     instance: str
     sent: Sent
+    claim: Claim | None = None
 
 
 class Handover:
@@ -66,6 +71,7 @@ class Handover:
         self._folders = folders
         self._disk = folders.disk
         self._common = folders.journal.common
+        self._fenced: dict[str, int] = {}
         self.is_on = self._common.is_on
 
     # The folder
@@ -73,10 +79,14 @@ class Handover:
     def fence(self, job: str) -> None:
         """Give the claim folder of a job that was taken over the name of its epoch, and empty older ones into it.
 
+        Once for each epoch: after that no older folder has anything that counts.
+
         Raises:
             SpoolError: The disk failed.
         """
-        target = self._folders.claim_folder(job)
+        epoch, target = self._common.epoch(job), self._folders.claim_folder(job)
+        if self._fenced.get(job) == epoch:
+            return
         self._folders.ensure_claims()
         for name in sorted(self._older(job), key=_epoch, reverse=True):
             path = os.path.join(self._folders.claims, name)
@@ -88,12 +98,52 @@ class Handover:
                 self._rename(os.path.join(path, inner), os.path.join(target, inner))
             self._disk.remove_folder(path)
         self._disk.sync_folder(self._folders.claims)
+        self._fenced[job] = epoch
 
     def _older(self, job: str) -> list[str]:
-        own = os.path.basename(self._folders.claim_folder(job))
+        """Return the claim folders of a job with earlier epochs. A later one is not touched: another daemon has it."""
+        own = self._common.epoch(job)
+        return [name for name, epoch in self.claimed().items() if name.partition(".")[0] == job and epoch < own]
+
+    def claimed(self) -> dict[str, int]:
+        """Return the names of all claim folders, and the epoch of each.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
         with disk_errors(self._folders.claims, "list the folder"):
             names = self._folders.tops.names(self._folders.claims, folders=True)
-        return [name for name in names if (name == job or name.startswith(f"{job}.")) and name != own]
+        return {name: _epoch(name) for name in names if _FOLDER.fullmatch(name)}
+
+    def holds(self, job: str) -> bool:
+        """Return whether there is anything in the claim folder of a job."""
+        return bool(self._names(job))
+
+    def give_back_late(self, name: str, folder: str) -> None:
+        """Put back into the inbox what was claimed after another daemon had taken the job over: nothing of it was sent.
+
+        Args:
+            name: Of the claim folder, whose epoch is over.
+            folder: Below the inbox.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
+        path = os.path.join(self._folders.claims, name)
+        with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+            names = self._names_in(path)
+            if any(_OURS.fullmatch(one) for one in names):
+                return  # it may have been sent
+            target = os.path.join(self._folders.inbox, folder)
+            self._folders.require_mounts()
+            self._disk.make_inner(self._folders.inbox, folder)
+            self._drop_notes(path)
+            for one in sorted(names, key=lambda one: one.endswith(SUFFIX)):
+                with contextlib.suppress(FileNotFoundError, FileExistsError):  # a newer file has the name
+                    self._disk.rename(os.path.join(path, one), os.path.join(target, one))
+            if names:
+                self._disk.sync_folder(target)
+            self._disk.remove_folder(path)
 
     def _rename(self, source: str, target: str) -> None:
         """Rename; if that fails, look at the target: on a network it may have happened nevertheless."""
@@ -108,17 +158,38 @@ class Handover:
         for name in (CLAIM_NOTE, f"{CLAIM_NOTE}.tmp"):
             self._disk.unlink(os.path.join(folder, name))
 
-    def clear(self, job: str) -> None:
-        """Remove what daemons have left for each other: the job is over."""
+    def has_response(self, job: str) -> bool:
+        """Return whether the response of a job is in its claim folder, whichever daemon had it last.
+
+        Raises:
+            SpoolError: The folder cannot be read.
+        """
+        folders = [name for name in self.claimed() if name.partition(".")[0] == job]
+        paths = [os.path.join(self._folders.claims, folder) for folder in folders]
+        return any(_RESPONSE.fullmatch(name) for path in paths for name in self._names_in(path))
+
+    def clear(self, job: str, *, keep: bool = False) -> None:
+        """Remove what daemons have left for each other: the job is over.
+
+        Args:
+            job: Its id.
+            keep: Keep the response, for ``imagewatch retry`` on any host.
+        """
+        self._fenced.pop(job, None)
         self._drop_notes(self._folders.claim_folder(job))
         for name in self._names(job):
-            if _SENT.fullmatch(name) or _ANSWER.fullmatch(name):
+            if keep and name.startswith("answer."):
+                continue
+            if _OURS.fullmatch(name):
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
 
     def _names(self, job: str) -> list[str]:
-        path = self._folders.claim_folder(job)
+        return self._names_in(self._folders.claim_folder(job))
+
+    def _names_in(self, path: str) -> list[str]:
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
-            return self._folders.tops.names(path, folders=False)
+            names = self._folders.tops.names(path, folders=False)
+            return [name for name in names if name.removesuffix(".tmp") != CLAIM_NOTE]
         return []
 
     def claim(self, job: str) -> Claim | None:
@@ -158,16 +229,21 @@ class Handover:
             raise
         self._common.require_lease(job)
 
-    def witnesses(self, job: str) -> list[Witness]:
+    def witnesses(self, job: str, folder: str = "") -> list[Witness]:
         """Return the witnesses of a job, in order; those that cannot be read have no content.
+
+        Args:
+            job: Its id.
+            folder: Name of its claim folder; empty: that of its epoch.
 
         Raises:
             SpoolError: The disk failed.
         """
         found = []
-        for name in self._names(job):
+        where = os.path.join(self._folders.claims, folder) if folder else self._folders.claim_folder(job)
+        for name in self._names_in(where):
             if number := _SENT.fullmatch(name):
-                path = os.path.join(self._folders.claim_folder(job), name)
+                path = os.path.join(where, name)
                 with disk_errors(path, "read"), open(self._folders.tops.open_file(path, os.O_RDONLY), "rb") as file:
                     raw = file.read(_MOST_BYTES)
                 try:
@@ -188,7 +264,7 @@ class Handover:
         folder = self._folders.claim_folder(record.job)
         names = [name for name in record.names() if _ANSWER.fullmatch(name)]
         # The response last: where it is, its images are.
-        for name in sorted(names, key=lambda name: name.startswith("answer.") and name[7:].isdigit()):
+        for name in sorted(names, key=lambda name: bool(_RESPONSE.fullmatch(name))):
             if not self._has(os.path.join(folder, name), record.path(name)):
                 self._copy(record.path(name), os.path.join(folder, name))
         self._disk.sync_folder(folder)
@@ -201,7 +277,7 @@ class Handover:
         """
         folder, known = self._folders.claim_folder(record.job), set(record.names())
         names = [name for name in self._names(record.job) if _ANSWER.fullmatch(name) and name not in known]
-        for name in sorted(names, key=lambda name: name.startswith("answer.") and name[7:].isdigit()):
+        for name in sorted(names, key=lambda name: bool(_RESPONSE.fullmatch(name))):
             self._copy(os.path.join(folder, name), record.path(name))
         if names:
             self._disk.sync_folder(self._folders.answers)

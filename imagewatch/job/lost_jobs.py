@@ -160,10 +160,10 @@ class LostJobs:
         """Return which state the row of a finished job gets; None: it needs none, or has the right one."""
         if known.state not in _UNFINISHED or not known.is_ours:
             return None
-        if seen.epoch >= 0 and self._spool.originals.claimed(claim.job):
+        if seen.epoch >= 0 and self._originals(claim.job):
             return "published"
         is_readable_again = result.decision.destination == "errors" and result.row.charged == "yes"
-        if seen.responses and is_readable_again and not known.state:
+        if (seen.responses or self._handed_over(claim.job)) and is_readable_again and not known.state:
             return "kept"
         return "done" if known.state or seen.responses or seen.epoch >= 0 else None
 
@@ -226,15 +226,20 @@ class LostJobs:
         job = known.job
         if (claim := self._spool.handover.claim(job)) is not None and claim.job == job:
             return claim
-        names = sorted(name for name in self._spool.originals.claimed(job) if not _LEFT.fullmatch(name))
-        witnessed = [name for one in self._witnesses(job) for name in one.sent.contents]
-        prompts = [name for name in (*names, *witnessed) if name.endswith(SUFFIX)]
+        names = self._originals(job)
+        if witnessed := [one.claim for one in self._witnesses(job) if one.claim is not None]:
+            return witnessed[0]
+        sent = [name for one in self._witnesses(job) for name in one.sent.contents]
+        prompts = [name for name in (*names, *sent) if name.endswith(SUFFIX)]
         if known.stem:
             return replace(known, images=tuple(name for name in names if name != known.prompt))
         stem = prompts[0].removesuffix(SUFFIX) if prompts else f"job-{job}"
         images = tuple(name for name in names if name != stem + SUFFIX)
         at = min((one.sent.at for one in self._witnesses(job) if one.sent.at), default=self._spool.journal.clock())
         return replace(known, stem=stem, images=images, at=at)
+
+    def _originals(self, job: str) -> list[str]:
+        return sorted(name for name in self._spool.originals.claimed(job) if not _LEFT.fullmatch(name))
 
     def _witnesses(self, job: str) -> list[Witness]:
         return self._spool.handover.witnesses(job) if self._common.epoch(job) else []

@@ -76,6 +76,7 @@ class Spool(JobFolders):
         with disk_errors(self.answers, "list the folder"):
             answered = {name.partition(".")[0] for name in self.tops.names(self.answers)}
         self._remove_temporaries(own)
+        self.journal.forget_old()
         self._drop_twins(own)
         self._take_again(own)
         return [*own, *sorted(answered.difference(own))]  # of the others, a response may be known only here
@@ -152,6 +153,11 @@ class Spool(JobFolders):
                 if name.endswith(SUFFIX):
                     return ANYWHERE, name.removesuffix(SUFFIX)
         return None
+
+    def is_in_inbox(self, key: tuple[str, str]) -> bool:
+        """Return whether there is a prompt of this folder and stem."""
+        folder, stem = key
+        return self.tops.exists(os.path.join(self.inbox, folder, stem + SUFFIX))
 
     def is_left(self, job: str) -> bool:
         """Return whether a job is not over, or a file of it is left."""
@@ -240,7 +246,7 @@ class Spool(JobFolders):
         """
         self.ensure_claims()
         if self.handover.is_on:
-            self.handover.clear(record.job)
+            self.handover.clear(record.job, keep=keep)
         self.disk.remove_folder(self.claim_folder(record.job))  # not synced: see take_over
         if keep:
             record.keep()

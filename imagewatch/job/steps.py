@@ -137,6 +137,7 @@ class Steps:
     def _archive(self, job: RunningJob) -> None:
         decision = job.record.decision()
         assert decision is not None
+        self.common.require_held(job.id)
         self._spool.delivery.keep(job.claim, decision)
         job.foresee(claimed=False, originals=False)
 
@@ -153,13 +154,15 @@ class Steps:
         elif not self._spool.originals.give_back(job.claim):  # only the images: its prompt was taken away
             return self._await_name(job)
         is_kept = outcome.destination == "errors" and outcome.charged == "yes" and job.state.answered > 0
-        is_unknown = self.common.is_on and outcome.charged == "unknown"
+        # Another daemon may still have its response: it is unknown whether it was charged, or what for.
+        is_unknown = self.common.is_on and outcome.destination == "errors" and outcome.charged != "no" and not is_kept
         self._spool.forget(job.record, keep=is_kept, is_unknown=is_unknown)
         return outcome
 
     def _deliver(self, job: RunningJob) -> None:
         decision = job.record.decision()
         assert decision is not None
+        self.common.require_held(job.id)
         try:
             self._spool.delivery.deliver(job.claim, decision)
             job.record.mark_over()
@@ -317,7 +320,7 @@ class Steps:
                 _log.info("withdrawn", reason=fate.message)
             if fate.reason and fate.reason.error and not fate.reason.error.code:
                 raise fate.reason.error  # the journal refuses this attempt in any case
-            job.record.take_back(fate.attempt)
+            job.record.take_back(fate.attempt, fate.row.nonce)
             self._sending.forget(job.id)
             if fate.reason is not None and fate.reason.row.is_own:
                 return self._not_admitted(job, fate.reason)

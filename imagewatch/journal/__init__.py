@@ -6,6 +6,7 @@ and that a ledger which was deleted, replaced or damaged is noticed before the n
 The modules, in the order in which they are read::
 
     journal  Journal: what was claimed, sent, paid and decided; the right to send
+    job_rows what it has of jobs
     ledger   Ledger: questions about attempts and charges
     opening  the journal that a configuration names
     database what it needs of a database
@@ -24,6 +25,8 @@ The modules, in the order in which they are read::
     control  the file that wakes the daemon for them
     postgres the shared database, in the place of SQLite's file
     forgetting what becomes of the jobs of a daemon that does not come back
+    moving   moves the journal of a stopped daemon between its state folder and a shared database
+    common   one inbox that several daemons process: who scans it, who has which job
     counted  how many attempts a daemon has recorded in a shared database
     earlier  jobs that an earlier version has left in files
 """

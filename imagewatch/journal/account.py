@@ -54,11 +54,10 @@ _HOLD = f"""
     ON CONFLICT (account, scope, kind) DO UPDATE SET message = excluded.message"""  # noqa: S608
 _ASK_ALL = f"""
     INSERT INTO requests (inbox, instance, kind, asked_at)
-    SELECT inbox, name, 'release', {_NOW} FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account')"""  # noqa: S608
+    SELECT inbox, name, 'release', {_NOW} FROM instances"""  # noqa: S608
 _MEMBERS = f"""
     SELECT name, host, folder, version, started_at, seen_at, ended_at, status, {_NOW} - seen_at AS unseen_seconds
-    FROM imagewatch.instances WHERE account = current_setting('imagewatch.account') ORDER BY name"""  # noqa: S608
+    FROM instances WHERE forgotten_at IS NULL ORDER BY name"""  # noqa: S608
 
 
 @dataclass(frozen=True)

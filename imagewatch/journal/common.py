@@ -13,31 +13,36 @@ Without a common inbox there is nothing here: ``is_on`` is false.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from imagewatch.protocol.values import Claim, load
+from imagewatch.protocol.values import Claim, dump, load
 from imagewatch.system.errors import LostJobError, Withdrawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
-    from imagewatch.journal.database import Connection, Database
+    from imagewatch.journal.database import Connection, Database, Row
 
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _ME = "current_setting('imagewatch.instance')"
 _LEAD = f"""
-    INSERT INTO imagewatch.leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
+    INSERT INTO leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
     ON CONFLICT (account, inbox) DO UPDATE SET holder = excluded.holder, lease_ends_at = excluded.lease_ends_at
     WHERE l.holder = excluded.holder OR l.lease_ends_at < {_NOW}"""  # noqa: S608  our own names
 _RESIGN = f"""
-    UPDATE imagewatch.leaders SET lease_ends_at = 0 WHERE account = current_setting('imagewatch.account')
-    AND inbox = current_setting('imagewatch.inbox') AND holder = {_ME}"""  # noqa: S608
+    UPDATE leaders SET lease_ends_at = 0 WHERE holder = {_ME}"""  # noqa: S608
 _OFFER = "UPDATE jobs SET holder = '' WHERE id = ? AND epoch = 0"
-_NOTIFY = "SELECT pg_notify('imagewatch', current_setting('imagewatch.account'))"
+_OFFER_ALL = """
+    INSERT INTO jobs (id, folder, stem, claim, state, opened_at, holder) VALUES {} ON CONFLICT DO NOTHING"""
+_KNOWN = "SELECT id FROM jobs WHERE id = ANY(?)"
+_NOTIFY = """
+    SELECT pg_notify('imagewatch_offers',
+        current_setting('imagewatch.account') || chr(10) || current_setting('imagewatch.inbox'))"""
 _TAKE = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id IN (
@@ -59,29 +64,35 @@ _LET_GO = "UPDATE own_jobs SET lease_ends_at = 0 WHERE state <> 'done'"
 _HELD = f"SELECT holder = {_ME} AND epoch = ? AS is_held FROM jobs WHERE id = ?"  # noqa: S608
 _WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
 _NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'decided', 'published')"
-_EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state <> 'done'"
+_EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state NOT IN ('done', 'kept')"
 _SLOTS = f"""
-    SELECT coalesce(sum(slots), 0) AS slots FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
-    AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
+    SELECT coalesce(sum(slots), 0) AS slots FROM instances
+    WHERE inbox = current_setting('imagewatch.inbox') AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
 _SENT_BY = """
     SELECT a.instance, a.answer_on, a.sent_at, i.forgotten_at IS NOT NULL AS is_forgotten FROM attempts AS a
-    LEFT JOIN imagewatch.instances AS i ON i.account = a.account AND i.name = a.answer_on
+    LEFT JOIN instances AS i ON i.name = a.answer_on
     WHERE a.job = ? AND a.attempt = ?"""
 _ANSWER_ON = f"UPDATE attempts SET answer_on = {_ME} WHERE job = ? AND attempt = ?"  # noqa: S608
 _ANSWER_IS_THERE = "UPDATE attempts SET answer_on = '' WHERE job = ? AND answer_on <> ''"
 _REOPEN = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ? AND state = 'done' AND decision <> ''
-    AND EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'unsent'))
+    AND (EXISTS (
+            SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'completed') AND attempt = ANY(?)
+        )
+        OR (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id)
+            AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome <> 'unsent')))
     RETURNING epoch"""  # noqa: S608
+_REOPEN_KEPT = f"""
+    UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
+    WHERE id = ? AND state = 'kept' RETURNING epoch"""  # noqa: S608
+_MEMBER = f"""
+    SELECT forgotten_at IS NOT NULL AS is_gone, ended_at IS NULL AND seen_at > {_NOW} - ? AS is_running
+    FROM imagewatch.instances WHERE account = current_setting('imagewatch.account') AND name = ?"""  # noqa: S608
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
-_WAS_UNSENT = """
-    SELECT 1 FROM jobs AS j WHERE j.id = ? AND j.state = 'done' AND j.decision <> ''
-    AND EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id)
-    AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id AND a.outcome <> 'unsent')"""
+_PLACE = "SELECT folder, state FROM inbox_jobs WHERE id = ?"
 _MARGIN = 0.8
 """Of a lease: after so much of it without a sign of the database a job is not sent any more."""
 
@@ -114,6 +125,18 @@ class SentBy(msgspec.Struct, frozen=True, kw_only=True):
     answer_on: str
     sent_at: float
     is_forgotten: bool
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job is from.
+
+    Attributes:
+        folder: Below the inbox.
+        state: Of its row.
+    """
+
+    folder: str
+    state: str
 
 
 def _boottime() -> float:
@@ -177,6 +200,28 @@ class Common:
         """Let any daemon of the inbox take a job that is noted in this transaction."""
         connection.execute(_OFFER, (job,))
         connection.execute(_NOTIFY)
+
+    def offer_all(self, claims: Sequence[Claim]) -> set[str]:
+        """Let any daemon of the inbox take prompts; return the ids of the jobs that are noted.
+
+        It need not be synced: the files are in the inbox. A job of the same name that is not over keeps the name.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        rows = ", ".join(["(?, ?, ?, ?, 'open', ?, '')"] * len(claims))
+        values: list[object] = []
+        for claim in claims:
+            names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+            values += [claim.job, *names, dump(claim).decode(), claim.at]
+
+        def act(connection: Connection) -> set[str]:
+            connection.execute(_OFFER_ALL.format(rows), values)
+            connection.execute(_NOTIFY)
+            known = connection.execute(_KNOWN, ([claim.job for claim in claims],)).fetchall()
+            return {row["id"] for row in known}
+
+        return self._file.change(act, synced=False)
 
     def names(self) -> tuple[set[tuple[str, str]], int]:
         """Return folder and stem of each job that is not over, and how many jobs nobody has taken yet.
@@ -289,14 +334,30 @@ class Common:
         if found is None or not found["is_held"]:
             raise lost(job)
 
+    def is_sure(self, job: str) -> bool:
+        """Return whether no other daemon can have taken a job over yet, by this host's own clock."""
+        return self._now() - self._renewed.get(job, -math.inf) <= _MARGIN * self.lease_seconds
+
     def require_lease(self, job: str) -> None:
         """Make sure, right before the first byte of a request, that no other daemon may have the job yet.
 
         Raises:
             Withdrawn: One may.
         """
-        if self.is_on and self._now() - self._renewed.get(job, 0.0) > _MARGIN * self.lease_seconds:
+        if self.is_on and not self.is_sure(job):
             raise Withdrawn("the time for which this daemon has the job ended before the request was sent")
+
+    def place(self, job: str) -> Place | None:
+        """Return where a job of this inbox is from; None if it is not known.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_PLACE, (job,)).fetchone()
+        if row is None:
+            return None
+        return Place(folder=os.fsdecode(row["folder"]), state=row["state"])
 
     def where(self, job: str) -> tuple[str, int, str] | None:
         """Return who has a job, its epoch and its state; None if it is not known.
@@ -349,25 +410,50 @@ class Common:
         Raises:
             SpoolError: The database cannot be used.
         """
-        self._file.change(lambda one: one.execute(_UNSENT, (job, attempt, nonce)))
 
-    def was_unsent(self, job: str) -> bool:
-        """Return whether a job ended as an unknown charge though its attempt was not sent, as was found out later.
+        def act(one: Connection) -> Row | None:
+            one.execute(_UNSENT, (job, attempt, nonce))
+            reopened: Row | None = one.execute(_REOPEN, (self.lease_seconds, job, [])).fetchone()
+            return reopened
 
-        Raises:
-            SpoolError: The database cannot be used.
-        """
-        with self._file.using() as connection:
-            return connection.execute(_WAS_UNSENT, (job,)).fetchone() is not None
+        self._reopened(job, self._file.change(act))
 
-    def reopen(self, job: str) -> bool:
-        """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.
+    def reopen_kept(self, job: str) -> bool:
+        """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
 
         Raises:
             SpoolError: The database cannot be used.
         """
         values = self.lease_seconds, job
-        row = self._file.change(lambda one: one.execute(_REOPEN, values).fetchone())
+        row = self._file.change(lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
+        if row is not None:
+            self.set_epoch(job, row["epoch"])
+        return row is not None
+
+    def member(self, instance: str) -> tuple[bool, bool]:
+        """Return whether a daemon runs, and whether it was removed from the account.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_MEMBER, (self.lease_seconds, instance)).fetchone()
+        return (False, True) if row is None else (row["is_running"], row["is_gone"])
+
+    def reopen(self, job: str, attempts: list[int]) -> bool:
+        """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.
+
+        Args:
+            job: Its id.
+            attempts: Those of which this daemon has a response; none: it can only be that nothing was sent.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        values = self.lease_seconds, job, attempts
+        return self._reopened(job, self._file.change(lambda one: one.execute(_REOPEN, values).fetchone()))
+
+    def _reopened(self, job: str, row: Row | None) -> bool:
         if row is not None:
             self.set_epoch(job, row["epoch"])
         return row is not None

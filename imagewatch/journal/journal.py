@@ -8,7 +8,6 @@ without a result is an unknown charge.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING
@@ -21,14 +20,14 @@ from imagewatch.journal.budget import NO_BUDGETS, Budget, folder_of
 from imagewatch.journal.common import Common, lost
 from imagewatch.journal.earlier import adopt, close_lost
 from imagewatch.journal.events import Events
+from imagewatch.journal.job_rows import JobRows
 from imagewatch.journal.ledger import Ledger, storable
 from imagewatch.journal.requests import Requests
-from imagewatch.journal.row import FREE, LOST, AttemptRow, JobRow, Row, price_of
+from imagewatch.journal.row import FREE, Row, price_of
 from imagewatch.journal.schema import COLUMNS
-from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.reasons import Reason
-from imagewatch.protocol.values import Claim, Decision, Sent, dump, load, load_decision
-from imagewatch.system.errors import DamagedJobError, SpoolError, UncertainError
+from imagewatch.protocol.values import Claim, Decision, Sent, dump
+from imagewatch.system.errors import SpoolError, UncertainError
 from imagewatch.system.masking import known
 from imagewatch.system.text import printable
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from imagewatch.journal.database import Row as Found
     from imagewatch.journal.prices import Asked
 
-_OVER_SECONDS = 7 * 86_400.0
-"""How long a job is known after it is over, seconds: files of it may turn up again after a power cut."""
 _RECEIVED = ("provider", "model", "code", "message", "request_id", "transaction_id")
 _INSERT_ATTEMPT = f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
 _UPSERT = (
@@ -58,7 +55,7 @@ _TOMBSTONE = (
 )
 
 
-class Journal:
+class Journal(JobRows):
     """The journal. Safe to use from several threads.
 
     Args:
@@ -181,19 +178,6 @@ class Journal:
         self._file.change(lambda connection: self._put(connection, claim))
         self._unspent[claim.job] = claim
 
-    def offer(self, claim: Claim) -> None:
-        """Note a prompt that any daemon of the inbox may claim. It need not be synced: its file is in the inbox.
-
-        Raises:
-            SpoolError: The journal cannot be used, or a job with this name is not over.
-        """
-
-        def act(connection: Connection) -> None:
-            self._put(connection, claim)
-            self.common.offer(connection, claim.job)
-
-        self._file.change(act, synced=False)
-
     def _put(self, connection: Connection, claim: Claim, *, reserved: float = 0.0) -> None:
         """Note a claim; what is reserved for it already stays."""
         if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
@@ -221,12 +205,20 @@ class Journal:
         """
         return self._unspent.get(job)
 
-    def restore(self, claim: Claim, row: Row) -> None:
-        """Write a job and its attempt again, if this journal has taken the place of the one that had them."""
+    def restore(self, claim: Claim, row: Row, epoch: int = 0) -> None:
+        """Write a job and its attempt again, if this journal has taken the place of the one that had them.
+
+        Args:
+            claim: The job.
+            row: Its attempt.
+            epoch: Of its claim folder in a common inbox; 0: as this process knows it. It may be taken over then.
+        """
 
         def act(connection: Connection) -> None:
             if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone() is None:
                 self._insert(connection, claim)
+                if self.common.is_on:
+                    connection.execute(_SET_EPOCH, (epoch or self.common.epoch(claim.job), claim.job))
             question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
             if connection.execute(question, (row.job, row.attempt)).fetchone() is None:
                 self._write(connection, row)
@@ -240,70 +232,6 @@ class Journal:
     def close_lost(self, known: Collection[str]) -> int:
         """Close the attempts of jobs of an earlier version that left nothing else; see ``earlier.close_lost``."""
         return 0 if self._file.is_shared else self._file.change(lambda connection: close_lost(connection, known))
-
-    def job(self, job: str) -> JobRow | None:
-        """Return what is known of a job; None if there is none, or it is over.
-
-        Raises:
-            SpoolError: The journal cannot be used.
-            DamagedJobError: What it holds of the job cannot be read.
-        """
-        if (uncertain := self._uncertain.get(job)) is not None:
-            self.unsent(job, uncertain.attempt)
-        with self._file.using() as connection:
-            row = connection.execute("SELECT * FROM jobs WHERE id = ? AND state <> 'done'", (job,)).fetchone()
-            if row is None:
-                return None
-            attempts = connection.execute(_ATTEMPTS, (job,)).fetchall()
-        try:
-            return _job(row, attempts)
-        except ValueError as error:
-            raise DamagedJobError(
-                f"job {job}: the ledger's record of it is damaged, and it may have been charged: {error}",
-                hint="restore the ledger from a backup; or, only if you accept a possible second charge, touch the "
-                f"files in {CLAIMS}/{job} in the inbox and move them back into the inbox",
-            ) from error
-
-    def abandon(self, job: str) -> None:
-        """End a job whose record is damaged and whose originals a person has taken away."""
-
-        def act(connection: Connection) -> None:
-            connection.execute(_LOSE, (LOST, job))
-            connection.execute(_FINISH, (self._clock(), job))
-
-        self._file.change(act)
-
-    def unfinished(self) -> list[str]:
-        """Return the ids of all jobs that are not over, the oldest first."""
-        question = f"SELECT id FROM {self._file.own_jobs} WHERE state NOT IN ('done', 'kept') ORDER BY opened_at, id"  # noqa: S608
-        return [row["id"] for row in self.ledger.ask(question)]
-
-    def forget_old(self) -> None:
-        """Forget jobs that are over for long."""
-        old = "DELETE FROM jobs WHERE state = 'done' AND ended_at < ?"
-        self._file.change(lambda one: one.execute(old, (self._clock() - _OVER_SECONDS,)), synced=False)
-
-    def is_over(self, job: str) -> bool:
-        """Return whether a job is known and over."""
-        return bool(self.ledger.ask("SELECT 1 FROM jobs WHERE id = ? AND state = 'done'", job))
-
-    def set_state(self, job: str, state: str) -> None:
-        """Note where a job is. It need not be synced: the folders show it, too."""
-        self._file.change(lambda connection: connection.execute(self._own(_SET_STATE), (state, job)), synced=False)
-
-    def _own(self, change: str) -> str:
-        """Return a change of a job that is made only while this daemon has it."""
-        return f"{change} AND {self._file.is_ours}"
-
-    def set_stuck(self, job: str) -> None:
-        """Note that only a person can carry on a job: what it has reserved counts as spent."""
-        self._file.change(lambda connection: connection.execute(_STUCK, (job,)), synced=False)
-
-    def unreserve(self, job: str) -> None:
-        """End what was reserved for a job that has not sent anything: it may be stuck for long."""
-        self._file.change(
-            lambda connection: connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (job,)), synced=False
-        )
 
     # Money
 
@@ -325,6 +253,7 @@ class Journal:
         """
 
         def act(connection: Connection) -> Reason | None:
+            self.common.require_held(connection, row.job)
             if self._is_spent(connection, row):
                 return None
             if claim is not None:
@@ -385,7 +314,6 @@ class Journal:
 
     def _require_free(self, connection: Connection, row: Row) -> None:
         """Make sure that the job is open, and that the attempt before was free."""
-        self.common.require_held(connection, row.job)
         job = connection.execute("SELECT state FROM jobs WHERE id = ?", (row.job,)).fetchone()
         if job is None or job["state"] != "open":
             raise _spent(row, f"its job is {job['state'] if job else 'not known'}")
@@ -427,12 +355,12 @@ class Journal:
 
         self._file.change(act, synced=synced)
 
-    def unsent(self, job: str, attempt: int) -> None:
-        """Note that the first byte of an attempt did not leave; it never will."""
+    def unsent(self, job: str, attempt: int, nonce: str) -> None:
+        """Note that the first byte of an attempt did not leave; it never will. Another process's row stays as it is."""
         uncertain = self._uncertain.get(job)
 
         def act(connection: Connection) -> None:
-            if not connection.execute(_UNSENT, (job, attempt)).rowcount and uncertain is not None:
+            if not connection.execute(_UNSENT, (job, attempt, nonce)).rowcount and uncertain is not None:
                 # Its transaction may still be committed: with this row it cannot.
                 row = replace(uncertain, outcome="unsent", charged="no", reserved=0.0, request="")
                 connection.execute(_TOMBSTONE, storable(astuple(row)))
@@ -478,84 +406,20 @@ class Journal:
 
     # The end of a job
 
-    def finish(self, job: str, *, synced: bool = False, is_unknown: bool = False) -> None:
-        """Note that nothing is left of a job.
 
-        Args:
-            job: Its id.
-            synced: Whether that survives a power cut; else it has to be found out again.
-            is_unknown: Whether another daemon may still find out how it ended: what it needs for that is kept.
-        """
-
-        def act(connection: Connection) -> None:
-            ended = connection.execute(self._own(_END if is_unknown else _FINISH), (self._clock(), job)).rowcount
-            if (ended or not self.common.is_on) and not is_unknown:
-                connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
-
-        self._file.change(act, synced=synced)
-        self._unspent.pop(job, None)
-
-    def keep(self, job: str) -> None:
-        """Keep a job that was paid for and gave no image, for ``imagewatch retry``."""
-        self._file.change(lambda connection: connection.execute(self._own(_KEEP), (job,)), synced=True)
-
-    def kept(self, job: str) -> JobRow | None:
-        """Return a job that was kept, or is being read again; None if there is no such job."""
-        found = self.job(job)
-        return found if found is not None and found.state in {"kept", "reopened"} else None
-
-    def reopen(self, job: str) -> bool:
-        """Let the response of a job be read again that was kept; return whether it was."""
-        change = "UPDATE jobs SET state = 'reopened' WHERE id = ? AND state = 'kept'"
-        return self._file.change(lambda connection: bool(connection.execute(change, (job,)).rowcount))
-
-    def reclaimed(self, job: str) -> None:
-        """Note that the originals of a reopened job are in its claim again."""
-        change = "UPDATE jobs SET state = 'returning', decision = '' WHERE id = ? AND state = 'reopened'"
-        self._file.change(lambda connection: connection.execute(change, (job,)))
-
-
-_ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
 _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
 _TAKEN = "SELECT id FROM {} WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
 _UNSENT = (
     "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
-    "WHERE job = ? AND attempt = ? AND outcome = 'sent'"
+    "WHERE job = ? AND attempt = ? AND nonce = ? AND outcome = 'sent'"
 )
-_SET_STATE = "UPDATE jobs SET state = ? WHERE id = ?"
-_KEEP = "UPDATE jobs SET state = 'kept' WHERE id = ?"
+_SET_EPOCH = "UPDATE jobs SET epoch = ? WHERE id = ?"
 _IS_KNOWN = "SELECT 1 FROM jobs WHERE id = ?"
-_END = "UPDATE jobs SET state = 'done', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
-_STUCK = "UPDATE jobs SET is_stuck = 1 WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
-_LOSE = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE job = ? AND outcome = 'sent'"
-_FINISH = (
-    "UPDATE jobs SET state = 'done', claim = '', decision = '', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
-)
 _REDELIVERED = (
     "INSERT INTO redeliveries (job, times, last_at) VALUES (?, 1, ?) "
     "ON CONFLICT (job) DO UPDATE SET times = redeliveries.times + 1, last_at = excluded.last_at"
 )
-
-
-def _job(row: Found, attempts: list[Found]) -> JobRow:
-    decision = load_decision(row["decision"].encode()) if row["decision"] else None
-    is_reopened = row["state"] == "reopened"
-    return JobRow(
-        claim=load(row["claim"].encode(), Claim),
-        state=row["state"],
-        decision=None if is_reopened else decision,
-        withdrawn=decision if is_reopened else None,
-        attempts=tuple(_attempt(one) for one in attempts if one["outcome"] != "unsent"),
-        highest=max((one["attempt"] for one in attempts), default=0),
-    )
-
-
-def _attempt(row: Found) -> AttemptRow:
-    sent = None
-    with contextlib.suppress(ValueError):  # damaged
-        sent = load(row["request"].encode(), Sent) if row["request"] else None
-    return AttemptRow(number=row["attempt"], outcome=row["outcome"], nonce=row["nonce"], sent=sent)
 
 
 def _spent(row: Row, why: str) -> SpoolError:

@@ -208,26 +208,30 @@ def begin(config: Config, journal: Journal, disk: Disk, *, replaces: bool = Fals
     if known is None:
         write_member(state, member, disk)
     try:
-        counted = Counted(state)
-        if replaces:
-            counted.write(0)
-        with unusable_as_config():
-            database.require_direct()
-            database.register(
-                socket.gethostname(),
-                config.folders.inbox,
-                member.place,
-                config.shared.lease_seconds,
-                replaces=replaces,
-                recorded=counted.read(),
-                note=counted.write,
-            )
+        _register(config, database, member, replaces=replaces)
     except UncertainError:
         raise
     except (ConfigError, SpoolError):
         if known is None:  # nothing of it is in the database
             disk.unlink(os.path.join(state, SHARED))
         raise
+
+
+def _register(config: Config, database: PostgresDatabase, member: Member, *, replaces: bool) -> None:
+    counted, folder, lease = Counted(config.folders.state), config.folders.inbox, config.shared.lease_seconds
+    if replaces:
+        counted.write(0)
+    with unusable_as_config():
+        database.require_direct()
+        database.register(
+            socket.gethostname(),
+            folder,
+            member.place,
+            lease,
+            replaces=replaces,
+            recorded=counted.read(),
+            note=counted.write,
+        )
 
 
 def new_member(place: Place, moving: str = "") -> Member:
@@ -257,6 +261,7 @@ def watch(
     page: Callable[[], tuple[str, int]],
     tick: Callable[[], object],
     on_change: Callable[[], object],
+    on_offer: Callable[[], object],
 ) -> None:
     """Let other daemons of the account see that this one runs, if it has a shared database.
 
@@ -266,10 +271,11 @@ def watch(
             called in another thread.
         tick: Called regularly in that thread.
         on_change: Called in another thread when something of the account may have changed.
+        on_offer: Called in another thread when a prompt of the inbox is offered.
     """
     if journal.file.is_shared:
         database: PostgresDatabase = journal.file  # type: ignore[assignment]
-        database.watch(page, tick, on_change)
+        database.watch(page, tick, on_change, on_offer)
 
 
 def end(journal: Journal) -> None:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from imagewatch.journal.events import Event
 
 _MANUAL = "manual"
+_ASK_OTHERS = """
+    INSERT INTO imagewatch.requests (instance, kind, asked_at)
+    SELECT name, 'release', ? FROM imagewatch.instances
+    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
+    AND name <> current_setting('imagewatch.instance') AND forgotten_at IS NULL"""
 _LONGEST = 500
 
 
@@ -88,11 +93,16 @@ class Requests:
     # Requests
 
     def release(self) -> None:
-        """Ask for the end of all holds except caps."""
+        """Ask for the end of all holds except caps; also of the daemons that process the same inbox.
+
+        A manual hold of another daemon stays.
+        """
 
         def act(connection: Connection) -> None:
             connection.execute("DELETE FROM holds WHERE kind = ?", (_MANUAL,))
             connection.execute("INSERT INTO requests (kind, asked_at) VALUES ('release', ?)", (self._clock(),))
+            if self._file.is_common:
+                connection.execute(_ASK_OTHERS, (self._clock(),))
 
         self._file.change(act)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
 SUFFIX = ".prompt.txt"
+RECEIPT, ERROR = ".receipt.toml", ".error.toml"
+"""How the names of result files end."""
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 CLAIM_NOTE = "claim.json"

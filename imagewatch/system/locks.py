@@ -43,13 +43,7 @@ def lock(
     Raises:
         AlreadyRunning: Another process has it.
     """
-    with disk_errors(path, "open the lock"):
-        try:
-            # Linux refuses to open another user's file with O_CREAT in a folder with the sticky bit.
-            descriptor = tops.open_file(path, os.O_RDWR)
-        except FileNotFoundError:
-            descriptor = tops.open_file(path, os.O_RDWR | os.O_CREAT)
-        file = os.fdopen(descriptor, "r+b")
+    file = _opened(path, tops)
     for left in reversed(range(_LOCK_TRIES)):
         try:
             with _translated_lock(path):
@@ -64,6 +58,16 @@ def lock(
             file.close()
             raise
     return file
+
+
+def _opened(path: str, tops: Tops) -> IO[bytes]:
+    with disk_errors(path, "open the lock"):
+        try:
+            # Linux refuses to open another user's file with O_CREAT in a folder with the sticky bit.
+            descriptor = tops.open_file(path, os.O_RDWR)
+        except FileNotFoundError:
+            descriptor = tops.open_file(path, os.O_RDWR | os.O_CREAT)
+        return os.fdopen(descriptor, "r+b")
 
 
 @contextlib.contextmanager

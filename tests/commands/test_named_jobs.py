@@ -423,6 +423,32 @@ def test_a_prompt_that_is_being_dropped_by_another_process_is_waited_for(watched
     assert not staged.exists()
 
 
+def test_a_prompt_that_was_never_dropped_is_shown_as_that_also_after_other_senders_have_cleaned_up(
+    watched, monkeypatch
+):
+    (watched.root / "cat.png").write_bytes(unique_png("a"))
+    watched.create(images=("cat.png",))
+    staged = watched.inbox / watched.note()["staged"]
+    (watched.inbox / f"cat{SUFFIX}").rename(staged)
+    image = staged.with_name(staged.name.replace(SUFFIX, ".1.png"))
+    (watched.inbox / "cat.in1.png").rename(image)
+    monkeypatch.setattr("imagewatch.commands.drop._STALE_SECONDS", 0.0)
+    watched.create("dog")
+    assert not image.exists()  # which may be large
+    watched.seconds = 10 * 86_400
+    watched.status()
+    assert watched.jobs.find("cat").state == "not_dropped"
+    assert watched.create(images=("cat.png",)) == "waiting"
+    assert not staged.exists()
+
+
+def test_a_note_of_an_earlier_version_is_read(watched):
+    watched.create()
+    path = watched.inbox / NOTES / "cat.json"
+    path.write_text(json.dumps(watched.note() | {"staged": f".submit-{'0' * 16}{SUFFIX}"}))
+    assert watched.create() == "waiting"
+
+
 # Canceling
 
 

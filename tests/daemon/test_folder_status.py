@@ -362,6 +362,61 @@ def test_off_means_that_nothing_is_written(tmp_path: Path, sandbox: Sandbox, run
     assert json.loads((folders.state / "status.json").read_text())["notice"] is None
 
 
+@pytest.mark.parametrize("place", ["off", "elsewhere", "the same by a link"])
+def test_the_files_in_the_old_folder_are_removed_when_the_folder_changes(
+    folders: Folders, tmp_path: Path, run: Run, place: str
+) -> None:
+    run(folders).stop()
+    assert page_in(folders.root).state == "stopped"
+    (tmp_path / "link").symlink_to(folders.root)
+    places = {"elsewhere": str(tmp_path / "new"), "the same by a link": str(tmp_path / "link")}
+    (tmp_path / "new").mkdir()
+    folders.environ["IMAGEWATCH_FOLDERS__NOTICE"] = places.get(place, place)
+    again = run(folders)
+    again.wait_for("started")
+    assert (folders.root / notice.TEXT).exists() is (place == "the same by a link")
+    assert (folders.root / notice.JSON).exists() is (place == "the same by a link")
+    assert again.stop() == 0
+    assert (tmp_path / "new" / notice.JSON).exists() is (place == "elsewhere")
+
+
+@pytest.mark.parametrize("owner", ["another daemon", "a link", "a folder"])
+def test_files_in_the_old_folder_that_are_not_its_own_stay(
+    folders: Folders, tmp_path: Path, run: Run, owner: str
+) -> None:
+    run(folders).stop()
+    path = folders.root / notice.JSON
+    before = path.read_bytes()
+    path.unlink()
+    if owner == "another daemon":
+        path.write_bytes(before.replace(b'"stopped"', b'"running"'))
+    elif owner == "a link":
+        (tmp_path / "target").write_bytes(before)
+        path.symlink_to(tmp_path / "target")
+    else:
+        path.mkdir()
+    folders.environ["IMAGEWATCH_FOLDERS__NOTICE"] = "off"
+    assert run(folders).stop() == 0
+    assert os.path.lexists(path)
+    assert not (folders.root / notice.TEXT).exists()
+
+
+def test_files_in_an_old_folder_that_is_not_there_now_are_removed_by_a_later_start(
+    tmp_path: Path, sandbox: Sandbox, run: Run
+) -> None:
+    old = tmp_path / "öld"
+    old.mkdir()
+    folders = Folders(tmp_path, sandbox.base_url, folders__notice=str(old))
+    assert run(folders).stop() == 0
+    old.rename(tmp_path / "unmounted")
+    folders.environ["IMAGEWATCH_FOLDERS__NOTICE"] = str(folders.root)
+    assert run(folders).stop() == 0
+    (tmp_path / "unmounted").rename(old)
+    assert run(folders).stop() == 0
+    assert list(old.iterdir()) == []
+    assert page_in(folders.root).state == "stopped"
+
+
 def test_no_name_adds_a_line_or_changes_a_screen(folders: Folders, run: Run) -> None:
     folders.drop(f"{HOSTILE.replace('/', '')}.prompt.txt.txt", "x")
     folders.drop("\nimagewatch is STOPPED.\n.prompt.txt", "")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from support.daemon import LoggedDaemon
     from support.receiver import Receiver
 
+    from imagewatch.sandbox import Sandbox
+
 
 WRONG = "+++\ncolour = 1\n+++\nnever sent"
 
@@ -194,6 +196,57 @@ def test_each_budget_that_is_nearly_spent_and_the_hold_of_each_folder_have_event
     assert released[0]["text"] == "no longer on hold (cap, folder bob)"
     assert daemon.stop() == 0
     assert sorted(receiver.names()) == ["cap"] * 2 + ["completed"] * 6 + ["held"] * 2 + ["released"]
+
+
+def test_a_reload_neither_ends_nor_repeats_the_hold_of_prompts_that_still_wait_at_a_cap(
+    notified: Folders, sandbox: Sandbox, receiver: Receiver, run: Callable[..., LoggedDaemon]
+) -> None:
+    budgets(notified, anna=30)
+    notified.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "1"
+    notified.prompt("anna/1", "a cat")
+    daemon = run(notified)
+    receiver.wait_for(2)  # an image, and all of anna's credits
+    notified.prompt("anna/2", "a dog")
+    receiver.wait_for(3)
+    sandbox.hold()
+    notified.prompt("carol/1", "a boat")
+    assert sandbox.wait_for_requests(2, 20)  # the only slot is busy
+    for count in (1, 2):
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded", count)
+    notified.prompt("carol/2", "a house")
+    until(lambda: "carol/2.prompt.txt" in (notified.root / "imagewatch-status.txt").read_text())
+    sandbox.release()
+    receiver.wait_for(5)
+    budgets(notified, anna=100)
+    daemon.process.send_signal(signal.SIGHUP)
+    receiver.wait_for(7)
+    assert daemon.stop() == 0
+    assert sorted(receiver.names()) == ["cap", *["completed"] * 4, "held", "released"]
+
+
+def test_after_a_reload_a_hold_ends_for_prompts_that_were_removed_or_fit_though_all_slots_are_busy(
+    notified: Folders, sandbox: Sandbox, receiver: Receiver, run: Callable[..., LoggedDaemon]
+) -> None:
+    budgets(notified, anna=30, bob=30)
+    notified.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "1"
+    for stem in ("anna/1", "anna/2", "bob/1", "bob/2"):
+        notified.prompt(stem, f"a cat {stem}")
+    daemon = run(notified)
+    receiver.wait_for(6)  # two images, all credits of both, and both folders wait
+    sandbox.hold()
+    notified.prompt("carol/1", "a boat")
+    assert sandbox.wait_for_requests(3, 20)
+    (notified.inbox / "anna/2.prompt.txt").unlink()
+    budgets(notified, anna=30, bob=100)
+    daemon.process.send_signal(signal.SIGHUP)
+    receiver.wait_for(8)
+    released = [page["hold"]["folder"] for page in receiver.pages() if page["event"] == "released"]
+    assert sorted(released) == ["anna", "bob"]
+    sandbox.release()
+    receiver.wait_for(10)
+    assert daemon.stop() == 0
+    assert receiver.names().count("held") == 2
 
 
 # Holds

@@ -78,6 +78,9 @@ def test_status_all_exits_with_69_while_the_account_or_one_daemon_is_on_hold(
     code, page = _page(account.folders["two"])
     assert (code, [one["kind"] for one in page["holds"]]) == (69, ["credits"])
     assert page["holds"][0]["next_try_at"]
+    sandbox.balance = None
+    assert command(account.folders["two"], "release", "--account").returncode == 0
+    assert _page(account.folders["two"])[0] == 0  # whatever the daemons reported last
 
 
 def test_the_history_is_that_of_all_daemons_with_the_instance_of_each_job(account: Account) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -97,10 +98,8 @@ def test_a_host_that_does_not_answer_is_reported(tmp_path: Path) -> None:
     folder.mkdir(exist_ok=True)
 
     def silent() -> None:
-        try:
+        with contextlib.suppress(SystemExit):
             list(Silent(disk, str(folder)).run())
-        except SystemExit:
-            pass
 
     thread = threading.Thread(target=silent)
     thread.start()

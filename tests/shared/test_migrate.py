@@ -183,6 +183,21 @@ def test_the_caps_of_a_daemon_that_leaves_count_what_the_account_has_spent(
     assert sandbox.report()["requests"] == 2
 
 
+def test_a_hold_of_the_account_by_a_person_lasts_for_a_daemon_that_leaves(
+    mover: Callable[..., Moving], sandbox: Sandbox
+) -> None:
+    moving = mover()
+    assert moving.once(shared=True) == 0
+    moving.run("hold", "--account", "audit")
+    moving.run("migrate", "--to", "sqlite")
+    moving.use(shared=False).prompt("cat", "a cat")
+    assert moving.once(shared=False) == 69
+    assert sandbox.report()["requests"] == 0
+    assert command(moving.folders, "release").returncode == 0
+    assert moving.once(shared=False) == 0
+    assert sandbox.report()["requests"] == 1
+
+
 def test_values_that_the_database_cannot_hold_are_replaced_and_counted(mover: Callable[..., Moving]) -> None:
     moving = mover()
     moving.use(shared=False).prompt("cat", "a cat")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ALL = os.environ.get("IMAGEWATCH_ALL_SHARED") == "1"
 STEMS = {"text", "edit", "bad"}
-KILLS, STOPS, CUTS = 24, 8, 6
+KILLS, STOPS, CUTS = 16, 5, 4
 pause = threading.Event().wait
 
 

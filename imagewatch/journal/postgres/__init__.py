@@ -11,5 +11,8 @@ The modules, in the order in which they are read::
     faults    the errors
     presence  that a daemon is seen, and hears of what concerns its account
     tables    makes and updates the tables
+    converting  values of SQLite as its columns can hold them
+    sums      compares what follows from attempts in both stores
+    copying   copies a journal from SQLite and back
     database  PostgresDatabase: one thread commits what all threads write
 """

@@ -16,6 +16,7 @@ import msgspec
 import psycopg
 
 from imagewatch import __version__
+from imagewatch.journal.account import MANUAL
 from imagewatch.journal.postgres import sums
 from imagewatch.journal.postgres.checks import pooler, require_usable, unusable
 from imagewatch.journal.postgres.converting import Converter, columns_of
@@ -307,6 +308,9 @@ def to_sqlite(session: Session, file: sqlite3.Connection) -> Copied:
         rows[name] = _download(session, file, name, columns, order=order)
     for name, (columns, _) in KEYED.items():
         rows[name] = _download(session, file, name, columns)
+    # A hold of the account by a person continues as one of this daemon: it is not probed.
+    file.execute("UPDATE OR IGNORE holds SET kind = 'manual' WHERE kind = ?", (MANUAL,))
+    file.execute("DELETE FROM holds WHERE kind = ?", (MANUAL,))
     rows["passed"] = _passed(session, lambda value: file.execute(f"INSERT INTO {_META}", (value,)))
     found = session.execute(sums.ALL_PRICES).fetchall()
     file.executemany(

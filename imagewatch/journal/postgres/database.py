@@ -432,7 +432,11 @@ class PostgresDatabase:
         self._lease, self._recorded, self._note = alive_seconds, recorded, note
 
     def watch(
-        self, page: Callable[[], tuple[str, int]], tick: Callable[[], object], on_change: Callable[[], object]
+        self,
+        page: Callable[[], tuple[str, int]],
+        tick: Callable[[], object],
+        on_change: Callable[[], object],
+        on_offer: Callable[[], object] = lambda: None,
     ) -> None:
         """Let others see that the daemon runs, and report when something of the account may have changed.
 
@@ -440,10 +444,10 @@ class PostgresDatabase:
             page: Returns what others may know of its state, as JSON, and how many requests it sends at the same time.
             tick: Called regularly in another thread.
             on_change: Called in another thread.
+            on_offer: Called in another thread when a prompt of the inbox is offered.
         """
-        self._presence = Presence(
-            self.place, self.incarnation, min(self._lease / 4, _SEEN_SECONDS), page, tick, on_change
-        )
+        interval = min(self._lease / 4, _SEEN_SECONDS)
+        self._presence = Presence(self.place, self.incarnation, interval, page, tick, on_change, on_offer)
 
     def unregister(self) -> None:
         """Note that the daemon ends."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import psycopg
 
-from imagewatch.journal.postgres.schema import CHANNEL
+from imagewatch.journal.postgres.schema import CHANNEL, OFFERS
 from imagewatch.journal.postgres.session import Session
 from imagewatch.system.errors import DatabaseError
 
@@ -40,6 +41,7 @@ class Presence:
         page: Returns what others may know of its state, as JSON, and how many requests it sends at the same time.
         tick: Called each time.
         on_change: Called when something of the account may have changed.
+        on_offer: Called when a prompt of the inbox is offered.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Presence:
         page: Callable[[], tuple[str, int]],
         tick: Callable[[], object],
         on_change: Callable[[], object],
+        on_offer: Callable[[], object],
     ) -> None:
         self._place = place
         self._incarnation = incarnation
@@ -57,6 +60,7 @@ class Presence:
         self._page = page
         self._tick = tick
         self._on_change = on_change
+        self._calls = {(CHANNEL, place.account): on_change, (OFFERS, f"{place.account}\n{place.inbox}"): on_offer}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         self._thread.start()
@@ -77,16 +81,15 @@ class Presence:
 
     def _stay(self, session: Session) -> None:
         """Be seen, and listen, until the connection is lost."""
-        session.execute(f"LISTEN {CHANNEL}")
+        for channel in (CHANNEL, OFFERS) if self._place.is_common else (CHANNEL,):
+            session.execute(f"LISTEN {channel}")
         self._on_change()
         while not self._end.is_set():
             self._tick()
             session.execute(_SEEN, (*self._page(), self._incarnation))
             self._on_change()
-            left = self._interval
-            while left > 0 and not self._end.is_set():
-                step = min(left, _STEP_SECONDS)
-                left -= step
-                for notice in session.raw.notifies(timeout=step, stop_after=1):
-                    if notice.payload == self._place.account:
-                        self._on_change()
+            until = time.monotonic() + self._interval
+            while (left := until - time.monotonic()) > 0 and not self._end.is_set():
+                for notice in session.raw.notifies(timeout=min(left, _STEP_SECONDS), stop_after=1):
+                    if call := self._calls.get((notice.channel, notice.payload)):
+                        call()

@@ -7,11 +7,12 @@ show the rows that concern a daemon:
 ===============================================  =======================================================================
 ``attempts``, ``jobs``, ``sums``,                those of the account: caps, the rate, redeliveries and the history are
 ``folder_sums``, ``prices``, ``redeliveries``    counted over all its daemons
-``inbox_jobs``, ``requests``                     those of the inbox
+``inbox_jobs``, ``requests``                     those of the inbox; a release is asked of each of its daemons
 ``own_jobs``                                     those of the inbox that the daemon has: it carries them on
 ``holds``, ``announced``                         those of the account where the kind of hold concerns all its daemons,
                                                  else those of the instance; a cap is announced once for the account
 ``events``, ``meta``                             those of the instance
+``instances``, ``leaders``                       the daemons of the account; which of them scans the inbox
 ===============================================  =======================================================================
 """
 
@@ -29,6 +30,8 @@ SCHEMA: Final = "imagewatch"
 VIEWS: Final = "imagewatch_view"
 CHANNEL: Final = "imagewatch"
 """PostgreSQL's channel for notifications; their text is the account."""
+OFFERS: Final = "imagewatch_offers"
+"""The channel for offered prompts; the text is the account, a line feed, and the inbox."""
 _ACCOUNT, _INBOX, _INSTANCE = (f"current_setting('imagewatch.{name}')" for name in ("account", "inbox", "instance"))
 _OWNED: Final = f"""
     account  TEXT NOT NULL DEFAULT {_ACCOUNT},
@@ -224,12 +227,14 @@ _SCOPES: Final = {
     "attempts": _OF_ACCOUNT,
     "redeliveries": _OF_ACCOUNT,
     "holds": f"{_OF_ACCOUNT} AND scope IN ('', {_INSTANCE})",
-    "requests": f"{_OF_ACCOUNT} AND inbox = {_INBOX}",
+    "requests": f"{_OF_ACCOUNT} AND inbox = {_INBOX} AND (kind <> 'release' OR instance = {_INSTANCE})",
     "sums": _OF_ACCOUNT,
     "folder_sums": _OF_ACCOUNT,
     "prices": _OF_ACCOUNT,
     "events": f"{_OF_ACCOUNT} AND instance = {_INSTANCE}",
     "announced": f"{_OF_ACCOUNT} AND scope IN ('', {_INSTANCE})",
+    "instances": _OF_ACCOUNT,
+    "leaders": f"{_OF_ACCOUNT} AND inbox = {_INBOX}",
 }
 """Which rows of a table a daemon sees."""
 _DAY = (

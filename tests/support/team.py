@@ -1,0 +1,161 @@
+"""Daemons with one inbox: each has a state folder, a way to the database and a way to the endpoint of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from typing import TYPE_CHECKING, Any, Self
+
+import psycopg
+
+from support.daemon import TESTS, Folders, LoggedDaemon, Running, command
+from support.postgres import SUPERUSER
+from support.proxy import Proxy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+    from support.postgres import Server
+
+LEASE = 10
+"""The shortest lease that may be configured, seconds."""
+RUNNER = str(TESTS / "support/chaos_runner.py")
+
+
+class Member:
+    """One daemon of an inbox.
+
+    Attributes:
+        name: Its ``shared.instance``.
+        folders: Its folders; only the state folder is its own.
+        database: Its way to the database.
+        endpoint: Its way to the endpoint.
+        log: What the process that runs, or ran last, has logged.
+        logs: The same of all its processes.
+    """
+
+    def __init__(self, name: str, folders: Folders, database: Proxy, endpoint: Proxy) -> None:
+        self.name, self.folders, self.database, self.endpoint = name, folders, database, endpoint
+        self.log: LoggedDaemon | None = None
+        self.logs: list[LoggedDaemon] = []
+
+    def start(self) -> LoggedDaemon:
+        """Start it; it need not be able to reach anything yet."""
+        self.log = LoggedDaemon(Running(self.folders, script=RUNNER))
+        self.logs.append(self.log)
+        return self.log
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process runs, or is stopped."""
+        return self.log is not None and self.log.process.poll() is None
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        assert self.log is not None
+        self.log.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it with SIGKILL, also while it is stopped."""
+        self.signal(signal.SIGKILL)
+        assert self.log is not None
+        self.log.process.wait(30)
+
+    def stop(self) -> int:
+        """End it as systemd does; return the exit code."""
+        assert self.log is not None
+        return self.log.stop()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of this name of all its processes."""
+        return [event for log in self.logs for event in log.events(name)]
+
+
+class Team:
+    """Some daemons with one inbox, on a PostgreSQL and a sandbox.
+
+    Args:
+        root: For all folders.
+        server: The PostgreSQL.
+        sandbox: The endpoint.
+        settings: Of all daemons, as for ``Folders``.
+    """
+
+    def __init__(self, root: Path, server: Server, sandbox: Sandbox, **settings: str) -> None:
+        self.server, self.sandbox = server, sandbox
+        self._root = root
+        self._uri = server.database()
+        given = {
+            "shared__database": self._uri,
+            "shared__durability": "single",
+            "shared__inbox": "common",
+            "shared__lease_seconds": str(LEASE),
+            "endpoint__connect_timeout_seconds": "2",
+            "endpoint__timeout_seconds": "4",
+            "endpoint__deadline_seconds": "4",
+            **settings,
+        }
+        self.folders = Folders(root, sandbox.base_url, **given)
+        self.folders.environ["IMAGEWATCH_SHARED__INSTANCE"] = "first"
+        done = command(self.folders, "db", "init")
+        assert done.returncode == 0, done.stderr
+        self.members: dict[str, Member] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members.values():
+            for log in member.logs:
+                log.kill()
+            member.database.close()
+            member.endpoint.close()
+
+    def member(self, name: str, **settings: str) -> Member:
+        """Make another daemon; it is not started yet."""
+        endpoint = Proxy(int(self.sandbox.base_url.rpartition(":")[2]))
+        database = Proxy(self.server.port)
+        folders = Folders.__new__(Folders)
+        folders.root, folders.state = self.folders.root, self._root / f"state-{name}"
+        folders.environ = {
+            **self.folders.environ,
+            "LETTA_BASE_URL": f"http://127.0.0.1:{endpoint.port}",
+            "IMAGEWATCH_SHARED__DATABASE": database.through(self._uri),
+            "IMAGEWATCH_SHARED__INSTANCE": name,
+            "IMAGEWATCH_FOLDERS__STATE": str(folders.state),
+            **{f"IMAGEWATCH_{key.upper()}": value for key, value in settings.items()},
+        }
+        self.members[name] = Member(name, folders, database, endpoint)
+        return self.members[name]
+
+    def rows(self, question: str, *values: object) -> list[dict[str, Any]]:
+        """Ask the database directly, whatever daemons can reach."""
+        uri = self.server.uri(self._uri.rpartition("/")[2], SUPERUSER)
+        with contextlib.closing(psycopg.connect(uri, autocommit=True)) as connection:
+            connection.execute("SET search_path = imagewatch")
+            cursor = connection.execute(question.encode(), values or None)
+            names = [column.name for column in cursor.description or ()]
+            rows = cursor.fetchall() if names else []
+            return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def in_flight(self, name: str = "") -> set[str]:
+        """Return the jobs with an attempt that has no result: those of a daemon, or all."""
+        rows = self.rows("SELECT job, instance FROM attempts WHERE outcome = 'sent'")
+        return {row["job"] for row in rows if name in {"", row["instance"]}}
+
+    def leader(self) -> str:
+        """Return the daemon that scans the inbox; empty: none."""
+        question = "SELECT holder FROM leaders WHERE lease_ends_at > extract(epoch FROM clock_timestamp())"
+        return next((row["holder"] for row in self.rows(question)), "")
+
+    def leftovers(self) -> list[str]:
+        """Return what no job may leave behind when all are over, in the inbox and in the state folders."""
+        shown = [f"inbox/{name}" for name in self.folders.names("inbox")]
+        for member in self.members.values():
+            shown += [f"{member.name}: answers/{path.name}" for path in member.folders.answers()]
+        shown += [
+            f"job {row['id']}: {row['state']} of {row['holder'] or 'nobody'}"
+            for row in self.rows("SELECT id, state, holder FROM jobs WHERE state <> 'done'")
+        ]
+        return shown
