@@ -155,6 +155,7 @@ class Common:
         is_on: Whether other daemons process the same inbox.
         lease_seconds: How long a job is held after a sign of its daemon.
         instance: The name of this daemon.
+        names_of_inbox: The account, and the name of the common inbox; empty without one.
     """
 
     def __init__(self, file: Database, boottime: Callable[[], float] = _boottime) -> None:
@@ -166,6 +167,8 @@ class Common:
         self.is_on = file.is_common
         self.lease_seconds = 60.0
         self.instance = file.place.instance if file.is_common else ""  # type: ignore[attr-defined]
+        place = file.place if file.is_common else None  # type: ignore[attr-defined]
+        self.names_of_inbox = (place.account, place.inbox) if place else ("", "")
 
     # The leader
 
