@@ -43,6 +43,8 @@ def hold(reason: str, path: str | None, *, as_json: bool, for_all: bool) -> None
     Requests in flight are finished; prompts stay in the inbox. The hold lasts until "imagewatch release", also over a
     restart. REASON is shown by "imagewatch status".
 
+    If several daemons process this inbox together, the others go on.
+
     With --account, this concerns all daemons that share the account in a database, also those that start later. When
     the command returns, none of them records another request. The hold lasts until "imagewatch release --account".
     """
@@ -115,8 +117,8 @@ def release(path: str | None, *, as_json: bool, accept: bool, for_all: bool) -> 
 
     If daemons share an account in a database, a hold of the account (credits, quota) concerns all of them. Without
     --account it does not end; its next probe is sent immediately. With --account, all holds of the account end, and
-    each daemon is asked for a release. A hold by "imagewatch hold" on another host stays until "imagewatch release"
-    there.
+    each daemon is asked for a release. If several daemons process this inbox together, each of them is asked in any
+    case. A hold by "imagewatch hold" on another host stays until "imagewatch release" there.
     """
     if accept and for_all:
         raise click.UsageError("--accept-new-ledger and --account cannot be used together")

@@ -79,6 +79,7 @@ def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_le
     assert sandbox.wait_for_requests(7, LATE)
     assert {call["at"] - killed < LATE for call in sandbox.report()["calls"][3:]} == {True}
     assert team.leader() == "two"
+    one.start()  # its state folder still has the responses that were free
     completed(team, 4)
     assert len(sandbox.report()["calls"]) == 7
 
@@ -158,8 +159,8 @@ def test_requests_in_a_minute_are_counted_over_all_daemons(make: Callable[..., T
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     assert sandbox.wait_for_requests(5, 20)
     until(lambda: len(team.folders.finished()) == 5)
-    until(lambda: all("rate" in holds(member) for member in team.members.values()))
-    assert sandbox.report()["requests"] == 5
+    until(lambda: any("rate" in holds(member) for member in team.members.values()))
+    assert not sandbox.wait_for_requests(6, 2)
 
 
 def test_a_budget_of_a_folder_concerns_only_its_prompts(make: Callable[..., Team], sandbox: Sandbox) -> None:

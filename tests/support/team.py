@@ -136,7 +136,8 @@ class Team:
             connection.execute("SET search_path = imagewatch")
             cursor = connection.execute(question.encode(), values or None)
             names = [column.name for column in cursor.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            rows = cursor.fetchall() if names else []
+            return [dict(zip(names, row, strict=True)) for row in rows]
 
     def in_flight(self, name: str = "") -> set[str]:
         """Return the jobs with an attempt that has no result: those of a daemon, or all."""
