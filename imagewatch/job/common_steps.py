@@ -14,6 +14,7 @@ import structlog
 
 from imagewatch.job.handover import Witness
 from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.result_files import result_files
 from imagewatch.job.rows import restored_row
 from imagewatch.job.sending import Left
 from imagewatch.journal.common import lost
@@ -34,6 +35,7 @@ _GRACE_SECONDS = 60.0
 """How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
 _POLL_SECONDS = 2.0
 """How often a daemon looks whether another one has handed over a response, or has finished a job."""
+_RECOVER = "stop the daemons of the inbox, then run: imagewatch db recover"
 _log = structlog.get_logger()
 
 
@@ -198,15 +200,17 @@ class CommonSteps:
             if place.state == "done":
                 self._handover.give_back_late(name, place.folder)
             return
-        claims = [witness for witness in self._handover.witnesses(job, name) if witness.claim is not None]
-        for witness in claims:
-            assert witness.claim is not None
-            self._restore(witness, witness.claim, epoch)
-        if not claims and name not in self._orphans:
+        if name in self._orphans:
+            return
+        claims = [(witness, witness.claim) for witness in self._handover.witnesses(job, name) if witness.claim]
+        if not claims or any(result.claim.job == job for result in result_files(self._spool)):
             self._orphans.add(name)
             path = printable(os.path.join(self._spool.claims, name))
-            hint = f"check the balance (imagewatch check --balance); then move the files in {path} back into the inbox"
-            _log.error("stuck", job=job, reason="claimed, but the shared database does not know this job", next=hint)
+            why = f"{path} is the claim folder of a job that the shared database does not know"
+            _log.error("stuck", job=job, reason=why, next=_RECOVER)
+            return
+        for witness, claim in claims:
+            self._restore(witness, claim, epoch)
 
     def hand_over(self, job: str) -> Outcome:
         """Let another daemon have the responses of its job, and remove them here when it is over.
@@ -227,8 +231,13 @@ class CommonSteps:
             _log.info("late_result", job=job)
             return Outcome(job, End.DEFERRED, needs_nothing=True)
         if state in {"done", "kept"}:
-            for name in record.names():
-                self._spool.disk.unlink(record.path(name))
+            if not (unrecorded := self._common.open_attempts(job, record.responses())):
+                for name in record.names():
+                    self._spool.disk.unlink(record.path(name))
+            elif job not in self._orphans:  # it may be paid for: the files stay
+                self._orphans.add(job)
+                why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no record"
+                _log.error("stuck", job=job, reason=why, next=_RECOVER)
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
         if holder and record.responses():
