@@ -170,7 +170,8 @@ class CommonSteps:
         _log.warning("job_lost", reason="another daemon has taken it over")
         fate = self._sending.known(job.id)
         if fate is not None and fate.left is Left.NOTHING:
-            self._common.unsent(job.id, fate.attempt, fate.row.nonce)
+            if self._common.unsent(job.id, fate.attempt, fate.row.nonce):
+                _log.info("late_result", job=job.id)
         elif fate is not None and fate.left is Left.PART and not fate.is_saved:
             self._sending.prove(job.record, fate)
         self._sending.forget(job.id)

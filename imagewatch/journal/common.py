@@ -420,8 +420,11 @@ class Common:
         """
         self._file.change(lambda one: one.execute(_ANSWER_IS_THERE, (job,)), synced=False)
 
-    def unsent(self, job: str, attempt: int, nonce: str) -> None:
+    def unsent(self, job: str, attempt: int, nonce: str) -> bool:
         """Note that the first byte of an attempt did not leave, also if another daemon has declared its charge unknown.
+
+        Returns:
+            Whether its job was over because of that; then this daemon has it again.
 
         Raises:
             SpoolError: The database cannot be used.
@@ -432,7 +435,7 @@ class Common:
             reopened: Row | None = one.execute(_REOPEN, (self.lease_seconds, job, [])).fetchone()
             return reopened
 
-        self._reopened(job, self._file.change(act))
+        return self._reopened(job, self._file.change(act))
 
     def reopen_kept(self, job: str) -> bool:
         """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
