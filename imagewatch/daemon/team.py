@@ -108,14 +108,11 @@ class Team:
                 self._parts.intake.scanner.soon(key)
 
     def tidy(self) -> None:
-        """Put back what daemons that have died had claimed too late, if it is time to look for that.
-
-        Raises:
-            SpoolError: The database, or the folder of claimed files, cannot be used.
-        """
+        """Look for claim folders that no job has, if it is time for that; errors show elsewhere."""
         if self.is_on and self._leads and self._parts.now() >= self._tidied_at + self._common.lease_seconds:
             self._tidied_at = self._parts.now()
-            self._parts.worker.tidy()
+            with contextlib.suppress(SpoolError):
+                self._parts.worker.tidy()
 
     def _interval(self) -> float:
         return _REFRESH_SECONDS if self._parts.intake.any() else _REST_SECONDS
