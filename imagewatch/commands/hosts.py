@@ -45,14 +45,15 @@ def forget(name: str, path: str | None, *, yes: bool) -> None:
     """Remove a daemon that does not come back.
 
     What it has sent and of which no result is recorded counts as charged from then on (unknown charge), and is not
-    sent again. Prompts that it has claimed are in its own folders. If it comes back after all, it continues its jobs.
+    sent again. Prompts that it has claimed are in its own folders; in a common inbox other daemons take them over.
+    If it comes back after all, it continues its jobs.
     """
     config = load_config(path)
     _require_shared(config)
     alive = config.shared.lease_seconds
     with contextlib.closing(open_journal(config, time.time)) as journal:
         left = forget_now(journal.file, name, alive) if yes else left_of(journal.file, name, alive)
-    _show(left, name, is_done=yes)
+    _show(left, name, is_done=yes, is_common=bool(config.shared.inbox))
     if not yes:
         click.echo("Nothing was changed. To do it, run the command again with --yes.")
         click.get_current_context().exit(EXIT_FAILED)
@@ -64,12 +65,17 @@ def _require_shared(config: Config) -> None:
         raise UsageError("[shared] database is not set", hint=hint)
 
 
-def _show(left: Left, name: str, *, is_done: bool) -> None:
+def _show(left: Left, name: str, *, is_done: bool, is_common: bool) -> None:
     verb = "count" if is_done else "would count"
     click.echo(f"{printable(name)}: {len(left.sent)} requests without a result {verb} as unknown charges.")
     for job, source, reserved in left.sent[:_MOST_NAMES]:
         click.echo(f"  {printable(source)} (job {job}, at most {amount(reserved)} credits)")
     if len(left.sent) > _MOST_NAMES:
         click.echo(f"  and {len(left.sent) - _MOST_NAMES} more")
+    if left.alone:
+        click.echo(f"{len(left.alone)} responses are only in its state folder, and are not published until it is back:")
+        for job, source in left.alone[:_MOST_NAMES]:
+            click.echo(f"  {printable(source)} (job {job})")
     if left.waiting:
-        click.echo(f"{left.waiting} prompts that were claimed and not sent stay in its own folders.")
+        becomes = "are taken over by the other daemons of the inbox" if is_common else "stay in its own folders"
+        click.echo(f"{left.waiting} prompts that were claimed and not sent {becomes}.")

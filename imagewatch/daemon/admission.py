@@ -101,7 +101,6 @@ class Admission:
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = self._knows_holds = False
-        self.on_database_back: Callable[[], object] = lambda: None
 
     def configure(
         self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object], key_step: Callable[[], str]
@@ -319,10 +318,14 @@ class Admission:
                 self._holds.resume(self._with_step(Reason(kind, message)), self._now())
         self._knows_holds = True
 
-    def patience(self) -> float:
-        """Return after how many seconds a hold is due to be tried again; infinite without one."""
+    def patience(self, since: float) -> float:
+        """Return after how many seconds a hold is due to be tried again; infinite without one.
+
+        Args:
+            since: Monotonic time before it was asked what may be done. A hold that has ended since then is due.
+        """
         now = self._now()
-        waiting = self._holds.waiting(now)
+        waiting = self._holds.waiting(since)
         seconds = waiting.until - now if waiting else math.inf
         return min(seconds, self._stamp_at - now) if self.watches_key() else seconds
 
@@ -411,10 +414,8 @@ class Admission:
         if ended:
             self._on_change(at_once=not all(hold.brief for hold in ended))
             self._remember()
-        for hold in ended:
-            self._ended[hold.kind] = self._now()
-            if hold.kind == "database":
-                self.on_database_back()
+        self._ended |= {hold.kind: self._now() for hold in ended}
+        self.stores.ended(hold.kind for hold in ended)
         _log_end(ended)
 
     def _remember(self) -> None:

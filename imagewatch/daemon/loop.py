@@ -95,6 +95,7 @@ class Daemon:
         self._report = Report(self._parts)
         self._is_draining = False
         self._looked_at = -math.inf
+        self._asked_at = 0.0  # before it was last asked what may be done, monotonic seconds
 
     # Running
 
@@ -165,6 +166,7 @@ class Daemon:
             self._take(message)
         while not self._is_over():
             self._scan_if_due()
+            self._asked_at = self._now()
             self._dispatch.run(is_draining=self._is_draining)
             self._report.write_if_due()
             if not self._is_over():
@@ -205,7 +207,7 @@ class Daemon:
             self._scan_due(),
             self._parts.team.next_due(),
             self._dispatch.next_due(),
-            now + self._admission.patience(),
+            now + self._admission.patience(self._asked_at),
         ]
         times.append(self._admission.announcements.due)
         if (due := self._report.due) is not None:
@@ -329,6 +331,7 @@ class Daemon:
             self._parts.spool.require_folders()
             self._results.forget_removed()
             self._parts.team.refresh()
+            self._parts.team.tidy()
             is_new = self._parts.team.leads() and self._intake.scan(self._parts.team.taken())
         except SpoolError as error:
             self._admission.failed(error)

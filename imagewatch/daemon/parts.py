@@ -91,7 +91,7 @@ class Parts:
         )
         self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
         self.admission.announcements.on_written = self.notifier.wake
-        self.admission.on_database_back = self._doubt_jobs
+        self.admission.stores.on_database_back = self._doubt_jobs
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         self.status.events = self.journal.events
         tops = self.spool.tops

@@ -12,6 +12,8 @@ from imagewatch.protocol.reasons import STORES, failure
 from imagewatch.system.disk_errors import FULL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from imagewatch.job.spool import Spool
     from imagewatch.journal.journal import Journal
     from imagewatch.system.errors import SpoolError
@@ -30,6 +32,7 @@ class Stores:
     Attributes:
         held_by: With which failure a job lets the queue be on hold until it continues, by its id.
         failed: Kinds of hold of what has failed since the start.
+        on_database_back: Called when the hold for the database ends.
     """
 
     def __init__(self, spool: Spool, journal: Journal) -> None:
@@ -39,6 +42,12 @@ class Stores:
         self._causes: dict[str, set[tuple[str, int, str]]] = {kind: set() for kind in STORES}
         self.held_by: dict[str, SpoolError] = {}
         self.failed: set[str] = set()
+        self.on_database_back: Callable[[], object] = lambda: None
+
+    def ended(self, kinds: Iterable[str]) -> None:
+        """Note that holds have ended."""
+        if "database" in kinds:
+            self.on_database_back()
 
     def held(self) -> dict[str, SpoolError]:
         """Return the kinds of hold that last until certain jobs continue, each with the first failure of such a job."""

@@ -45,7 +45,7 @@ class Team:
         self.is_on = self._common.is_on
         self._names: set[Key] = set()
         self._offered, self._most = 0, 0
-        self._read_at = self._took_at = -math.inf
+        self._read_at = self._took_at = self._tidied_at = -math.inf
         self._leads = False
         self._offers: dict[str, Claim] = {}
         self._may_be_more = True
@@ -106,6 +106,16 @@ class Team:
             self._parts.intake.over(key)
             if self._parts.spool.is_in_inbox(key):  # given back, or never claimed by the daemon that had taken it
                 self._parts.intake.scanner.soon(key)
+
+    def tidy(self) -> None:
+        """Put back what daemons that have died had claimed too late, if it is time to look for that.
+
+        Raises:
+            SpoolError: The database, or the folder of claimed files, cannot be used.
+        """
+        if self.is_on and self._leads and self._parts.now() >= self._tidied_at + self._common.lease_seconds:
+            self._tidied_at = self._parts.now()
+            self._parts.worker.tidy()
 
     def _interval(self) -> float:
         return _REFRESH_SECONDS if self._parts.intake.any() else _REST_SECONDS
@@ -227,8 +237,8 @@ class Team:
             key = (taken.claim.folder, taken.claim.stem) if taken.claim else None
             job = Job(taken.job, key)
             _log.warning("taken_over", **job.names, reason="its daemon does not run any more")
-            self._parts.spool.handover.fence(taken.job)
-            self._parts.jobs.defer(job, 0.0)
+            if taken.job not in self._parts.jobs.at_work:  # else its worker finds out that this daemon has it again
+                self._parts.jobs.defer(job, 0.0)
 
     def next_due(self) -> float:
         """Return the monotonic time at which there is something to ask; infinite without a common inbox."""

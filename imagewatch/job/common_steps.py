@@ -77,6 +77,24 @@ class CommonSteps:
         found = self._common.where(job)
         return found is None or found[0] == self._common.instance
 
+    def has_lost(self, job: str) -> bool:
+        """Return whether another daemon has a job; False also while that cannot be found out."""
+        with contextlib.suppress(SpoolError):
+            return not self.is_held(job)
+        return False
+
+    def require_held(self, job: str) -> None:
+        """Make sure, before something is published, that no other daemon has the job.
+
+        Its result may have been published by the other one, and taken away by a reader.
+
+        Raises:
+            LostJobError: Another one has it.
+            SpoolError: That cannot be found out: the other one publishes it.
+        """
+        if self.is_on and not self._common.is_sure(job) and not self.is_held(job):
+            raise lost(job)
+
     def testify(self, job: RunningJob, attempt: int, nonce: str) -> None:
         """Leave a witness of an attempt whose row is committed, right before its first byte; see ``Handover``."""
         fate = self._sending.known(job.id, attempt)
@@ -167,7 +185,22 @@ class CommonSteps:
         elif fate is not None and fate.left is Left.PART and not fate.is_saved:
             self._sending.prove(job.record, fate)
         self._sending.forget(job.id)
+        place = self._common.place(job.id)
+        if (epoch := self._common.epoch(job.id)) and place is not None and place.state == "done":
+            self._handover.give_back_late(f"{job.id}.{epoch}", job.claim.folder)  # claimed when that was over already
         return self.hand_over(job.id)
+
+    def tidy(self) -> None:
+        """Put back into the inbox what a daemon has claimed after its job was over, if that daemon has died since.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        for name in self._handover.claimed():
+            job = name.partition(".")[0]
+            place = None if self._common.epoch(job) else self._common.place(job)
+            if place is not None and place.state == "done":
+                self._handover.give_back_late(name, place.folder)
 
     def hand_over(self, job: str) -> Outcome:
         """Let another daemon have the responses of its job, and remove them here when it is over.
@@ -181,18 +214,18 @@ class CommonSteps:
         if holder == self._common.instance and state != "done":  # its lease had ended, and this daemon has it again
             self._common.set_epoch(job, epoch)
             return Outcome(job, End.DEFERRED, needs_nothing=True)
-        if found is None or not (record.names() or self._common.was_unsent(job)):
+        if found is None or not record.names():
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
-        if state == "done" and self._common.reopen(job):
+        if state == "done" and (attempts := record.responses()) and self._common.reopen(job, attempts):
             _log.info("late_result", job=job)
             return Outcome(job, End.DEFERRED, needs_nothing=True)
-        if state == "done":
+        if state in {"done", "kept"}:
             for name in record.names():
                 self._spool.disk.unlink(record.path(name))
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
-        if record.names() and holder:
+        if holder and record.responses():
             self._common.set_epoch(job, epoch)
             with contextlib.suppress(SpoolError):  # it may be taken over once more, or end, in this moment
                 self._handover.share(record)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch.journal.common import lost
+from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.values import Sent
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ChargeUnknown, SpoolError
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
 _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
 _RESPONSE = re.compile(r"answer\.[1-9][0-9]{0,8}")
+_OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
+_FOLDER = re.compile(r"[0-9a-f]{16}(?:\.[1-9][0-9]{0,17})?")
 _PIECE = 1024 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
 
@@ -65,6 +68,7 @@ class Handover:
         self._folders = folders
         self._disk = folders.disk
         self._common = folders.journal.common
+        self._fenced: dict[str, int] = {}
         self.is_on = self._common.is_on
 
     # The folder
@@ -72,10 +76,14 @@ class Handover:
     def fence(self, job: str) -> None:
         """Give the claim folder of a job that was taken over the name of its epoch, and empty older ones into it.
 
+        Once for each epoch: after that no older folder has anything that counts.
+
         Raises:
             SpoolError: The disk failed.
         """
-        target = self._folders.claim_folder(job)
+        epoch, target = self._common.epoch(job), self._folders.claim_folder(job)
+        if self._fenced.get(job) == epoch:
+            return
         self._folders.ensure_claims()
         for name in sorted(self._older(job), key=_epoch, reverse=True):
             path = os.path.join(self._folders.claims, name)
@@ -86,12 +94,51 @@ class Handover:
                 self._rename(os.path.join(path, inner), os.path.join(target, inner))
             self._disk.remove_folder(path)
         self._disk.sync_folder(self._folders.claims)
+        self._fenced[job] = epoch
 
     def _older(self, job: str) -> list[str]:
-        own = os.path.basename(self._folders.claim_folder(job))
+        """Return the claim folders of a job with earlier epochs. A later one is not touched: another daemon has it."""
+        own = self._common.epoch(job)
+        return [name for name, epoch in self.claimed().items() if name.partition(".")[0] == job and epoch < own]
+
+    def claimed(self) -> dict[str, int]:
+        """Return the names of all claim folders, and the epoch of each.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
         with disk_errors(self._folders.claims, "list the folder"):
             names = self._folders.tops.names(self._folders.claims, folders=True)
-        return [name for name in names if (name == job or name.startswith(f"{job}.")) and name != own]
+        return {name: _epoch(name) for name in names if _FOLDER.fullmatch(name)}
+
+    def holds(self, job: str) -> bool:
+        """Return whether there is anything in the claim folder of a job."""
+        return bool(self._names(job))
+
+    def give_back_late(self, name: str, folder: str) -> None:
+        """Put back into the inbox what was claimed after another daemon had taken the job over: nothing of it was sent.
+
+        Args:
+            name: Of the claim folder, whose epoch is over.
+            folder: Below the inbox.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
+        path = os.path.join(self._folders.claims, name)
+        with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+            names = self._folders.tops.names(path, folders=False)
+            if any(_OURS.fullmatch(one) for one in names):
+                return  # it may have been sent
+            target = os.path.join(self._folders.inbox, folder)
+            self._folders.require_mounts()
+            self._disk.make_inner(self._folders.inbox, folder)
+            for one in sorted(names, key=lambda one: one.endswith(SUFFIX)):
+                with contextlib.suppress(FileNotFoundError, FileExistsError):  # a newer file has the name
+                    self._disk.rename(os.path.join(path, one), os.path.join(target, one))
+            if names:
+                self._disk.sync_folder(target)
+            self._disk.remove_folder(path)
 
     def _rename(self, source: str, target: str) -> None:
         """Rename; if that fails, look at the target: on a network it may have happened nevertheless."""
@@ -122,10 +169,11 @@ class Handover:
             job: Its id.
             keep: Keep the response, for ``imagewatch retry`` on any host.
         """
+        self._fenced.pop(job, None)
         for name in self._names(job):
             if keep and name.startswith("answer."):
                 continue
-            if _SENT.fullmatch(name) or _ANSWER.fullmatch(name):
+            if _OURS.fullmatch(name):
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
 
     def _names(self, job: str) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from secrets import token_hex
 from typing import IO, TYPE_CHECKING
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from imagewatch.system.errors import SpoolError
 
 _LINE_BYTES = 64 * 1024
+_RESPONSE = re.compile(r"answer\.([1-9][0-9]{0,8})(?:\.part)?")
 
 
 class Record:
@@ -140,9 +142,9 @@ class Record:
             self._changed(attempts=(*self._row.attempts, known), highest=row.attempt)
         return refusal
 
-    def take_back(self, attempt: int) -> None:
-        """Note that no byte of an attempt left; it never will."""
-        self._journal.unsent(self.job, attempt)
+    def take_back(self, attempt: int, nonce: str) -> None:
+        """Note that no byte of an attempt of this process left; it never will."""
+        self._journal.unsent(self.job, attempt, nonce)
         self._disk.unlink(self.path(f"answer.{attempt}.part"))
         if self._row is not None:
             self._changed(attempts=tuple(one for one in self._row.attempts if one.number != attempt))
@@ -221,6 +223,16 @@ class Record:
         with disk_errors(self._folder, "read"), contextlib.suppress(FileNotFoundError):
             return [name[len(prefix) :] for name in self._disk.tops.names(self._folder) if name.startswith(prefix)]
         return []
+
+    def responses(self) -> list[int]:
+        """Return the numbers of the attempts of which there is a response here, or the beginning of one."""
+        found = []
+        for name in self.names():
+            if (number := _RESPONSE.fullmatch(name)) is not None:
+                with disk_errors(self.path(name), "check the file"):
+                    if self._disk.tops.lstat(self.path(name)).st_size:
+                        found.append(int(number[1]))
+        return found
 
     def has_answer(self, attempt: int) -> bool:
         """Return whether the response of an attempt is saved.

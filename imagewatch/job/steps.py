@@ -137,6 +137,7 @@ class Steps:
     def _archive(self, job: RunningJob) -> None:
         decision = job.record.decision()
         assert decision is not None
+        self.common.require_held(job.id)
         self._spool.delivery.keep(job.claim, decision)
         job.foresee(claimed=False, originals=False)
 
@@ -160,6 +161,7 @@ class Steps:
     def _deliver(self, job: RunningJob) -> None:
         decision = job.record.decision()
         assert decision is not None
+        self.common.require_held(job.id)
         try:
             self._spool.delivery.deliver(job.claim, decision)
             job.record.mark_over()
@@ -317,7 +319,7 @@ class Steps:
                 _log.info("withdrawn", reason=fate.message)
             if fate.reason and fate.reason.error and not fate.reason.error.code:
                 raise fate.reason.error  # the journal refuses this attempt in any case
-            job.record.take_back(fate.attempt)
+            job.record.take_back(fate.attempt, fate.row.nonce)
             self._sending.forget(job.id)
             if fate.reason is not None and fate.reason.row.is_own:
                 return self._not_admitted(job, fate.reason)

@@ -110,6 +110,8 @@ class Worker:
         except SpoolError as error:  # its prompt is where it was
             return Outcome(claim.job, End.NOTHING, claim.source, reason=failure(error))
         if not self._spool.originals.claim(claim):
+            if is_common and self._spool.handover.holds(claim.job):  # the database has lost that it was claimed
+                return self.process(claim.job)
             self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)
         if not claim.images:  # some of them may have been missing
@@ -132,6 +134,7 @@ class Worker:
             return common.hand_over(job_id)
         record = self._spool.record(job_id)
         if common.is_on:
+            self._spool.handover.fence(job_id)
             self._spool.handover.fetch(record)
         claim = record.claim()
         if claim is None and self._journal.is_over(job_id):
@@ -148,6 +151,14 @@ class Worker:
         job = RunningJob(record, claim, is_resumed=is_resumed, may_send=may_send, earlier=earlier, began=self._clock())
         return self._carry(job)
 
+    def tidy(self) -> None:
+        """Put back into the inbox what daemons that have died had claimed too late.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        self._steps.common.tidy()
+
     def _carry(self, job: RunningJob) -> Outcome:
         names = structlog.contextvars.bound_contextvars(job=job.id, source=job.claim.source)
         with names, self._spool.working_on(job.id) as job.hold_claim:
@@ -161,18 +172,20 @@ class Worker:
 
     def _take_steps(self, job: RunningJob) -> Outcome:
         for _ in range(_MOST_STEPS):
-            with _local_disk():
-                self._read_state(job)
-            step = next_step(job.state)
-            _log.debug("step", step=step.name.lower())
-            if step is Step.DONE:
-                break
             try:
+                with _local_disk():
+                    self._read_state(job)
+                step = next_step(job.state)
+                _log.debug("step", step=step.name.lower())
+                if step is Step.DONE:
+                    break
                 with _local_disk():
                     outcome = self._steps.take(step, job)
             except LostJobError:
                 return self._steps.common.lost(job)
             except (SpoolError, FileExistsError):
+                if self._steps.common.has_lost(job.id):  # another daemon has moved its folder
+                    return self._steps.common.lost(job)
                 raise
             except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others
                 _log.exception("internal_error", next="report this as a bug")

@@ -13,6 +13,7 @@ Without a common inbox there is nothing here: ``is_on`` is false.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from imagewatch.system.errors import LostJobError, Withdrawn
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from imagewatch.journal.database import Connection, Database
+    from imagewatch.journal.database import Connection, Database, Row
 
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _ME = "current_setting('imagewatch.instance')"
@@ -63,7 +64,7 @@ _LET_GO = "UPDATE own_jobs SET lease_ends_at = 0 WHERE state <> 'done'"
 _HELD = f"SELECT holder = {_ME} AND epoch = ? AS is_held FROM jobs WHERE id = ?"  # noqa: S608
 _WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
 _NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'decided', 'published')"
-_EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state <> 'done'"
+_EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state NOT IN ('done', 'kept')"
 _SLOTS = f"""
     SELECT coalesce(sum(slots), 0) AS slots FROM instances
     WHERE inbox = current_setting('imagewatch.inbox') AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
@@ -76,7 +77,9 @@ _ANSWER_IS_THERE = "UPDATE attempts SET answer_on = '' WHERE job = ? AND answer_
 _REOPEN = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ? AND state = 'done' AND decision <> ''
-    AND EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'unsent'))
+    AND (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome = 'unknown' AND attempt = ANY(?))
+        OR (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id)
+            AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome <> 'unsent')))
     RETURNING epoch"""  # noqa: S608
 _REOPEN_KEPT = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
@@ -87,10 +90,7 @@ _MEMBER = f"""
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
-_WAS_UNSENT = """
-    SELECT 1 FROM jobs AS j WHERE j.id = ? AND j.state = 'done' AND j.decision <> ''
-    AND EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id)
-    AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id AND a.outcome <> 'unsent')"""
+_PLACE = "SELECT folder, state FROM inbox_jobs WHERE id = ?"
 _MARGIN = 0.8
 """Of a lease: after so much of it without a sign of the database a job is not sent any more."""
 
@@ -123,6 +123,18 @@ class SentBy(msgspec.Struct, frozen=True, kw_only=True):
     answer_on: str
     sent_at: float
     is_forgotten: bool
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job is from.
+
+    Attributes:
+        folder: Below the inbox.
+        state: Of its row.
+    """
+
+    folder: str
+    state: str
 
 
 def _boottime() -> float:
@@ -317,14 +329,30 @@ class Common:
         if found is None or not found["is_held"]:
             raise lost(job)
 
+    def is_sure(self, job: str) -> bool:
+        """Return whether no other daemon can have taken a job over yet, by this host's own clock."""
+        return self._now() - self._renewed.get(job, -math.inf) <= _MARGIN * self.lease_seconds
+
     def require_lease(self, job: str) -> None:
         """Make sure, right before the first byte of a request, that no other daemon may have the job yet.
 
         Raises:
             Withdrawn: One may.
         """
-        if self.is_on and self._now() - self._renewed.get(job, 0.0) > _MARGIN * self.lease_seconds:
+        if self.is_on and not self.is_sure(job):
             raise Withdrawn("the time for which this daemon has the job ended before the request was sent")
+
+    def place(self, job: str) -> Place | None:
+        """Return where a job of this inbox is from; None if it is not known.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_PLACE, (job,)).fetchone()
+        if row is None:
+            return None
+        return Place(folder=os.fsdecode(row["folder"]), state=row["state"])
 
     def where(self, job: str) -> tuple[str, int, str] | None:
         """Return who has a job, its epoch and its state; None if it is not known.
@@ -377,16 +405,13 @@ class Common:
         Raises:
             SpoolError: The database cannot be used.
         """
-        self._file.change(lambda one: one.execute(_UNSENT, (job, attempt, nonce)))
 
-    def was_unsent(self, job: str) -> bool:
-        """Return whether a job ended as an unknown charge though its attempt was not sent, as was found out later.
+        def act(one: Connection) -> Row | None:
+            one.execute(_UNSENT, (job, attempt, nonce))
+            reopened: Row | None = one.execute(_REOPEN, (self.lease_seconds, job, [])).fetchone()
+            return reopened
 
-        Raises:
-            SpoolError: The database cannot be used.
-        """
-        with self._file.using() as connection:
-            return connection.execute(_WAS_UNSENT, (job,)).fetchone() is not None
+        self._reopened(job, self._file.change(act))
 
     def reopen_kept(self, job: str) -> bool:
         """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
@@ -410,14 +435,20 @@ class Common:
             row = connection.execute(_MEMBER, (self.lease_seconds, instance)).fetchone()
         return (False, True) if row is None else (row["is_running"], row["is_gone"])
 
-    def reopen(self, job: str) -> bool:
+    def reopen(self, job: str, attempts: list[int]) -> bool:
         """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.
+
+        Args:
+            job: Its id.
+            attempts: Those of which this daemon has a response; none: it can only be that nothing was sent.
 
         Raises:
             SpoolError: The database cannot be used.
         """
-        values = self.lease_seconds, job
-        row = self._file.change(lambda one: one.execute(_REOPEN, values).fetchone())
+        values = self.lease_seconds, job, attempts
+        return self._reopened(job, self._file.change(lambda one: one.execute(_REOPEN, values).fetchone()))
+
+    def _reopened(self, job: str, row: Row | None) -> bool:
         if row is not None:
             self.set_epoch(job, row["epoch"])
         return row is not None

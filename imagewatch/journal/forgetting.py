@@ -24,10 +24,14 @@ _OPEN = """
     SELECT a.job, a.source, a.reserved FROM attempts AS a WHERE a.instance = ? AND a.outcome = 'sent'
     ORDER BY a.claimed_at, a.job"""
 _UNSENT = """
-    SELECT count(*) AS count FROM jobs AS j WHERE j.instance = ? AND j.state IN ('open', 'returning')
+    SELECT count(*) AS count FROM jobs AS j WHERE j.holder = ? AND j.state IN ('open', 'returning')
     AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.job = j.id AND a.outcome <> 'unsent')"""
 _LOSE = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE instance = ? AND outcome = 'sent'"
-_UNRESERVE = "UPDATE jobs SET reserved = 0 WHERE instance = ? AND state <> 'done'"
+_ALONE = """
+    SELECT a.job, a.source FROM attempts AS a JOIN jobs AS j ON j.id = a.job
+    WHERE a.answer_on = ? AND j.state NOT IN ('done', 'kept') ORDER BY a.claimed_at, a.job"""
+_UNRESERVE = "UPDATE jobs SET reserved = 0 WHERE holder = ? AND state <> 'done'"
+_LET_GO = "UPDATE jobs SET lease_ends_at = 0 WHERE holder = ? AND epoch > 0 AND state <> 'done'"
 _FORGET = f"""
     UPDATE instances SET forgotten_at = {_NOW}, ended_at = coalesce(ended_at, {_NOW})
     WHERE name = ?"""  # noqa: S608
@@ -39,11 +43,13 @@ class Left:
 
     Attributes:
         sent: The requests without a result: job, path of the prompt below the inbox, credits that are reserved.
-        waiting: How many prompts it has claimed and not sent; they are in its own folders.
+        waiting: How many prompts it has claimed and not sent; they are in its own folders, or in the common inbox.
+        alone: The responses that only its state folder has: job, path of the prompt below the inbox.
     """
 
     sent: Sequence[tuple[str, str, float]]
     waiting: int
+    alone: Sequence[tuple[str, str]] = ()
 
 
 def left_of(file: Database, name: str, alive_seconds: float) -> Left:
@@ -67,6 +73,7 @@ def forget(file: Database, name: str, alive_seconds: float) -> Left:
     """Let the requests of a daemon without a result count as unknown charges, and list it no more.
 
     If it comes back, it continues its jobs: a response that it has saved is published, and replaces the unknown charge.
+    In a common inbox, the other daemons take over what it has, and wait no more for responses that only it has.
 
     Args:
         file: The shared database.
@@ -86,6 +93,7 @@ def forget(file: Database, name: str, alive_seconds: float) -> Left:
         left = _left(connection, name)
         connection.execute(_LOSE, (FORGOTTEN, name))
         connection.execute(_UNRESERVE, (name,))
+        connection.execute(_LET_GO, (name,))
         connection.execute(_FORGET, (name,))
         return left
 
@@ -106,4 +114,9 @@ def _require_gone(connection: Connection, name: str, alive_seconds: float) -> No
 def _left(connection: Connection, name: str) -> Left:
     sent = [tuple(row) for row in connection.execute(_OPEN, (name,)).fetchall()]
     waiting = connection.execute(_UNSENT, (name,)).fetchone()
-    return Left([(job, source, reserved) for job, source, reserved in sent], int(waiting["count"]))
+    alone = [tuple(row) for row in connection.execute(_ALONE, (name,)).fetchall()]
+    return Left(
+        [(job, source, reserved) for job, source, reserved in sent],
+        int(waiting["count"]),
+        [(job, source) for job, source in alone],
+    )

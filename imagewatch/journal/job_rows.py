@@ -49,7 +49,7 @@ class JobRows(abc.ABC):
     _uncertain: dict[str, Row]
 
     @abc.abstractmethod
-    def unsent(self, job: str, attempt: int) -> None:
+    def unsent(self, job: str, attempt: int, nonce: str) -> None:
         """Note that the first byte of an attempt did not leave; it never will."""
 
     def job(self, job: str) -> JobRow | None:
@@ -60,7 +60,7 @@ class JobRows(abc.ABC):
             DamagedJobError: What it holds of the job cannot be read.
         """
         if (uncertain := self._uncertain.get(job)) is not None:
-            self.unsent(job, uncertain.attempt)
+            self.unsent(job, uncertain.attempt, uncertain.nonce)
         with self._file.using() as connection:
             row = connection.execute("SELECT * FROM jobs WHERE id = ? AND state <> 'done'", (job,)).fetchone()
             if row is None:

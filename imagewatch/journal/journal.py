@@ -245,6 +245,7 @@ class Journal(JobRows):
         """
 
         def act(connection: Connection) -> Reason | None:
+            self.common.require_held(connection, row.job)
             if self._is_spent(connection, row):
                 return None
             if claim is not None:
@@ -305,7 +306,6 @@ class Journal(JobRows):
 
     def _require_free(self, connection: Connection, row: Row) -> None:
         """Make sure that the job is open, and that the attempt before was free."""
-        self.common.require_held(connection, row.job)
         job = connection.execute("SELECT state FROM jobs WHERE id = ?", (row.job,)).fetchone()
         if job is None or job["state"] != "open":
             raise _spent(row, f"its job is {job['state'] if job else 'not known'}")
@@ -347,12 +347,12 @@ class Journal(JobRows):
 
         self._file.change(act, synced=synced)
 
-    def unsent(self, job: str, attempt: int) -> None:
-        """Note that the first byte of an attempt did not leave; it never will."""
+    def unsent(self, job: str, attempt: int, nonce: str) -> None:
+        """Note that the first byte of an attempt did not leave; it never will. Another process's row stays as it is."""
         uncertain = self._uncertain.get(job)
 
         def act(connection: Connection) -> None:
-            if not connection.execute(_UNSENT, (job, attempt)).rowcount and uncertain is not None:
+            if not connection.execute(_UNSENT, (job, attempt, nonce)).rowcount and uncertain is not None:
                 # Its transaction may still be committed: with this row it cannot.
                 row = replace(uncertain, outcome="unsent", charged="no", reserved=0.0, request="")
                 connection.execute(_TOMBSTONE, storable(astuple(row)))
@@ -403,7 +403,7 @@ _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
 _TAKEN = "SELECT id FROM {} WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
 _UNSENT = (
     "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
-    "WHERE job = ? AND attempt = ? AND outcome = 'sent'"
+    "WHERE job = ? AND attempt = ? AND nonce = ? AND outcome = 'sent'"
 )
 _IS_KNOWN = "SELECT 1 FROM jobs WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"

@@ -261,6 +261,7 @@ def test_a_row_whose_name_another_sender_has_in_flight_is_not_dropped(sender, sa
     status = sender.folders.root / "imagewatch-status.json"
     try:
         assert sender.submit("a chair", "--name", "chair").returncode == 0
+        until(status.exists)  # it is written after that of the state folder
         until(lambda: [one["name"] for one in json.loads(status.read_bytes())["in_flight"]["files"]])
         table(sender, ["name", "prompt"], ["chair", "a chair"])
         done = sender.submit("--table", "x.csv")

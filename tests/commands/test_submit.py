@@ -33,8 +33,6 @@ from imagewatch.config.load import load
 from imagewatch.system.errors import BadRequest, SpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from imagewatch.sandbox import Sandbox
 
 RUNNER = str(TESTS / "support/submit_runner.py")
@@ -1036,16 +1034,15 @@ class TestAnotherUser:
     AS_USER = ("setpriv", "--reuid", "12346", "--regid", "12346", "--clear-groups")
 
     @pytest.fixture
-    def shared(self, sender: Sender, tmp_path: Path) -> Iterator[Sender]:
-        above = [path for path in tmp_path.parents if len(path.parts) > 2]
-        modes = {path: path.stat().st_mode for path in above}
-        for path in (*above, tmp_path):
-            path.chmod(path.stat().st_mode | 0o055)
+    def tmp_path(self, open_path: Path) -> Path:
+        """A folder that the other user may enter, also while another pytest starts."""
+        return open_path
+
+    @pytest.fixture
+    def shared(self, sender: Sender) -> Sender:
         for path in (sender.folders.root, *sender.folders.root.iterdir(), sender.home):
             path.chmod(0o777)
-        yield sender
-        for path, mode in modes.items():
-            path.chmod(mode)
+        return sender
 
     @pytest.mark.usefixtures("watched")
     def test_needs_neither_the_key_nor_the_state_folder(self, shared):

@@ -464,6 +464,7 @@ def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
     daemon = run(folders)
     until(lambda: any("jobs are stuck" in event["reason"] for event in daemon.events("held")))
     folders.prompt("dog", "A dog")
+    daemon.wait_for("stuck", 3)
     stuck = [event["job"] for event in daemon.events("stuck")]
     for job in stuck[:2]:
         shutil.rmtree(folders.inbox / ".imagewatch" / job)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import KEY, Folders, command, until
+from support.daemon import HURRIED, KEY, Folders, command, until
 
 from imagewatch.daemon.systemd import Notify
 from imagewatch.journal.holds import Holds
@@ -486,7 +486,7 @@ def test_sighup_uses_a_changed_configuration_and_keeps_the_old_one_if_it_is_wron
     daemon.wait_for("reloaded")
     folders.prompt("one", "One")
     over(folders, "one")
-    assert daemon.events("step"), "the level of the log is part of the configuration"
+    daemon.wait_for("step")  # the level of the log is part of the configuration
 
     config.write_text('[defaults]\nprovidr = "gemini"\n')
     daemon.process.send_signal(signal.SIGHUP)
@@ -561,7 +561,7 @@ def test_without_credits_one_job_reports_it_and_the_other_prompts_stay_until_the
     sandbox.balance = None
     until(lambda: len(folders.finished()) == 20)
     assert list(folders.finished().values()).count("errors") == 1
-    assert daemon.events("released")
+    daemon.wait_for("released")
     assert daemon.stop() == 0
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
     assert sandbox.report()["charged"] == 19
@@ -610,6 +610,34 @@ def test_without_a_key_every_prompt_stays_in_the_inbox(folders, hurried, sandbox
     (tmp_path / "key").chmod(0o600)
     over(folders, "cat")
     assert folders.finished() == {"cat": "outbox"}
+
+
+SLOW_REPORT = """
+import time
+from imagewatch.daemon.report import Report
+
+write_if_due = Report.write_if_due
+
+def slowly(report):
+    write_if_due(report)
+    time.sleep(0.4)  # as with a slow disk
+
+Report.write_if_due = slowly
+"""
+
+
+def test_a_hold_that_ends_while_the_status_is_written_is_noticed_immediately(tmp_path, run):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
+        port = reserved.getsockname()[1]
+    folders = Folders(tmp_path, f"http://127.0.0.1:{port}", inbox__rescan_seconds="86400")
+    folders.prompt("cat", "A cat")
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_REPORT + HURRIED)
+    daemon = run(folders, "0.3", script=str(script))
+    daemon.wait_for("held", 4)
+    with Sandbox(port=port, key=KEY):
+        over(folders, "cat")
+        assert daemon.stop() == 0
 
 
 def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_when_it_can(tmp_path, hurried):

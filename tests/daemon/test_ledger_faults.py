@@ -218,6 +218,7 @@ def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_noth
     aside.rename(ledger(used))
     away.rename(used.outbox)
     until(lambda: holds(used) == [])
+    daemon.wait_for("released")  # the log is read by a thread of this process
     assert [line["kind"] for line in daemon.events("released")] == ["disk"]
     assert daemon.stop() == 0
 

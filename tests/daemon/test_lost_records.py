@@ -100,6 +100,7 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     killed.prompt("dog", "A dog")
     daemon = run(killed)
     until(lambda: "dog" in killed.finished())
+    daemon.wait_for("stuck")
     (event,) = daemon.events("stuck")
     until(lambda: "stuck" in command(killed, "status").stdout)
     lines = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]

@@ -92,6 +92,7 @@ def test_with_an_expired_key_many_prompts_wait_and_are_completed_when_its_file_i
     renewed.rename(key)
     until(lambda: len(folders.finished()) == MANY, timeout=200)
     assert list(folders.finished().values()).count("errors") == 1
+    daemon.wait_for("released")
     assert len(daemon.events("key_changed")) == 1
     assert [line["kind"] for line in daemon.events("released")] == ["key"]
     until(lambda: holds(folders) == [])

@@ -155,10 +155,11 @@ except (OSError, AssertionError):
     for name in ("", "a/", "b/", "c/"):
         folders.prompt(f"{name}p{name.strip('/')}", "A prompt")
     over(folders, "p", "pa", "pb", "pc")
+    daemon.wait_for("watch_mode")
     (event,) = daemon.events("watch_mode")
     assert (event["level"], event["mode"]) == ("warning", "mixed" if most else "poll")
     assert any("max_user_watches" in reason for reason in event["polled"].values())
-    assert status(folders)["mode"] == event["mode"]
+    until(lambda: status(folders)["mode"] == event["mode"])
 
 
 # Folders that come and go
@@ -452,7 +453,7 @@ def test_another_file_system_inside_the_inbox_is_named_and_delays_no_other_folde
     over(folders, "near")
     ignored = daemon.wait_for("ignored")
     assert (ignored["file"], "an inbox of its own" in ignored["reason"]) == ("far", True)
-    assert "far" in status(folders)["ignored"]["files"]
+    until(lambda: "far" in status(folders)["ignored"]["files"])  # it is written after the log
     subprocess.run(["umount", str(folders.inbox / "far")], check=True)
     folders.prompt("far/now", "Now")
     over(folders, "near", "now")

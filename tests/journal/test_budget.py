@@ -55,7 +55,7 @@ class Purse:
 
     def end(self, job):
         """Let a request turn out to be free."""
-        self.journal.unsent(job, 1)
+        self.journal.unsent(job, 1, "")
         self.journal.finish(job)
 
     @property

@@ -79,7 +79,7 @@ def test_a_budget_counts_what_other_processes_reserve(make: Callable[..., Journa
     assert refusal is not None
     assert (refusal.kind, refusal.folder, refusal.is_short) == ("reserved", "anna", False)
     assert journal.open(claim("d", "bob"), FLUX) is None
-    other.unsent("b", 1)
+    other.unsent("b", 1, "mine")
     assert journal.open(claim("c", "anna/y/z"), FLUX) is None
 
 

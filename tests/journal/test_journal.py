@@ -165,7 +165,7 @@ def test_after_a_free_attempt_the_next_one_may_be_sent(make: Callable[..., Journ
     spend(journal, row())
     journal.record(row(outcome="busy", charged="no"), synced=False)
     assert spend(journal, row(attempt=2)) is None
-    journal.unsent("a", 2)
+    journal.unsent("a", 2, "mine")
     assert spend(journal, row(attempt=3)) is None
     assert [one.number for one in journal.job("a").attempts] == [1, 3]
 
@@ -174,7 +174,7 @@ def test_an_attempt_that_was_given_up_is_never_sent(make: Callable[..., Journal]
     journal = make()
     journal.open(claim())
     spend(journal, row())
-    journal.unsent("a", 1)
+    journal.unsent("a", 1, "mine")
     with pytest.raises(SpoolError, match="it has the result unsent"):
         spend(journal, row())
 
@@ -185,7 +185,7 @@ def test_attempts_are_sent_in_order(make: Callable[..., Journal], number: int) -
     journal.open(claim())
     if number == 3:
         spend(journal, row())
-        journal.unsent("a", 1)
+        journal.unsent("a", 1, "mine")
     with pytest.raises(SpoolError, match="must not be sent"):
         spend(journal, row(attempt=number))
 

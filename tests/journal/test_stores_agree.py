@@ -159,7 +159,7 @@ def step(journal: Journal, clock: Clock, what: str, job: str, folder: str) -> ob
         "open": lambda: journal.open(claim, FLUX),
         "spend": lambda: journal.spend(sent, FLUX, skip_repeated=True, claim=claim),
         "pay": lambda: journal.record(paid),
-        "lose": lambda: journal.unsent(job, 1),
+        "lose": lambda: journal.unsent(job, 1, "mine"),
         "decide": lambda: journal.decide(claim, decision, paid),
         "repeat": lambda: journal.decide(claim, decision, None, repeated=job),
         "finish": lambda: journal.finish(job),

@@ -44,10 +44,9 @@ def claim(job: str = "a") -> Claim:
 
 
 def row(job: str = "a", attempt: int = 1, **more: Any) -> Row:
-    given = {"outcome": "sent", "charged": "unknown", "sent_at": time.time(), "fields": '{"provider":"flux"}', **more}
-    return Row(
-        job=job, attempt=attempt, nonce=f"{job}{attempt}", source=f"{job}.prompt.txt", claimed_at=time.time(), **given
-    )
+    given = {"outcome": "sent", "charged": "unknown", "sent_at": time.time(), "fields": '{"provider":"flux"}'}
+    given |= {"nonce": f"{job}{attempt}", **more}
+    return Row(job=job, attempt=attempt, source=f"{job}.prompt.txt", claimed_at=time.time(), **given)
 
 
 def spend(journal: Journal, one: Row) -> Any:
@@ -63,8 +62,13 @@ def member() -> Iterator[Callable[..., Journal]]:
 
     made: list[Journal] = []
 
-    def new(uri: str, name: str = "one", *, is_replicated: bool = False, patience: float = PATIENCE) -> Journal:
-        place = Place(uri, "main", inbox=name, instance=name, is_replicated=is_replicated)
+    def new(
+        uri: str, name: str = "one", *, is_replicated: bool = False, patience: float = PATIENCE, common: str = ""
+    ) -> Journal:
+        is_common = bool(common)
+        place = Place(
+            uri, "main", inbox=common or name, instance=name, is_replicated=is_replicated, is_common=is_common
+        )
         if not made:
             initialize(place)
         database = PostgresDatabase(place, patience=patience)

@@ -1,0 +1,346 @@
+"""A daemon of a common inbox stops, is killed, or is cut off at any step: never two charges, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+from support.common import DEADLINE, Inbox, initialize, wait_for_stop
+from support.daemon import LoggedDaemon, command, until
+from support.proxy import Proxy
+
+from imagewatch.system.errors import LostJobError, SpoolError
+from shared.test_daemons import replace_by_earlier
+from shared.test_lost_commits import FLUX, claim, member, outcomes, row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from support.postgres import Server
+
+    from imagewatch.journal.journal import Journal
+    from imagewatch.sandbox import Sandbox
+
+__all__ = ["member"]
+EVERY = int(os.environ.get("IMAGEWATCH_EVERY_STEP", "0") or "0")
+"""1: each step is tried; otherwise some, spread over all."""
+AT_THE_SAME_TIME = 4
+TRIED = 10
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, sandbox: Sandbox, postgres: Server, database: str) -> Iterator[Callable[..., Inbox]]:
+    """Return a function that makes an inbox of the database."""
+    made: list[Inbox] = []
+
+    def new(name: str = "common", **settings: str) -> Inbox:
+        made.append(Inbox(tmp_path / name, sandbox, postgres, database, name, **settings))
+        first = made[-1].member("one")
+        if len(made) == 1:
+            initialize(first)
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.close()
+
+
+def is_over(world: Inbox) -> bool:
+    return not world.open_jobs() and bool(world.folders().finished())
+
+
+def stopped_at(world: Inbox, number: int, by: str) -> str:
+    """Stop a daemon before a step, let another one finish, then let the first continue; return the destination."""
+    one = world.members["one"]
+    prompt = f"a cat {number} {by}"
+    one.prompt("cat", prompt)
+    first = world.run(one, stop_before=number, by=by)
+    if not wait_for_stop(first, lambda: is_over(world)):
+        return world.check("cat", prompt)
+    where = one.steps()[-1]
+    world.run(world.member("two"))
+    until(lambda: is_over(world) or world.calls(prompt) > 1, 40, saw=lambda: f"{where}\n{world.unfinished()}")
+    if by == "kill":
+        world.run(one)
+    else:
+        first.process.send_signal(signal.SIGCONT)
+    try:
+        world.settle()
+        return world.check("cat", prompt)
+    except AssertionError as error:
+        raise AssertionError(f"stopped before step {number} ({by}): {where}\n{error}") from error
+
+
+def test_a_daemon_that_wakes_up_before_it_has_sent_sends_nothing_and_another_one_sends_it(
+    inbox: Callable[..., Inbox],
+) -> None:
+    counted, world, prompt = inbox("counted"), inbox(), "a cat, later"
+    steps = count_steps(counted)
+    counted.close()
+    one = world.members["one"]
+    one.prompt("cat", prompt)
+    first = world.run(one, stop_before=number_of(steps, "create", "sent.1"), by="stop")
+    assert wait_for_stop(first, lambda: False)
+    second = world.run(world.member("two"))
+    second.wait_for("taken_over")
+    claims = one.inbox / ".imagewatch"
+    until(lambda: [path.name.partition(".")[2] for path in claims.glob("????????????????*")] == ["2"])
+    assert world.calls(prompt) == 0
+    first.process.send_signal(signal.SIGCONT)
+    world.settle()
+    assert world.check("cat", prompt) == "outbox"
+    assert [outcome for _, _, outcome, _ in world.attempts()] == ["unsent", "completed"]
+
+
+def count_steps(world: Inbox) -> list[str]:
+    """Let a daemon process a prompt; return its steps."""
+    one = world.members["one"]
+    one.prompt("cat", "a cat, counted")
+    world.run(one)
+    until(lambda: is_over(world))
+    world.settle()
+    assert world.check("cat", "a cat, counted") == "outbox"
+    return one.steps()
+
+
+@pytest.mark.parametrize("by", ["kill", "stop"])
+def test_a_daemon_that_ends_or_stops_at_any_step_is_replaced_without_a_second_charge(
+    inbox: Callable[..., Inbox], by: str
+) -> None:
+    steps = count_steps(inbox("counted"))
+    count = len(steps)
+    chosen = range(1, count + 1) if EVERY else range(1 + count % 3, count + 1, max(count // TRIED, 1))
+    worlds = {number: inbox(f"step{number}") for number in chosen}
+    saved = next(number for number, step in enumerate(steps, 1) if step.endswith(".answer.1"))
+    found, errors = {}, []
+    with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
+        for number, result in [(n, pool.submit(tried, world, n, by)) for n, world in worlds.items()]:
+            destination, error = result.result()
+            if error:
+                errors.append(error)
+            else:
+                found[number] = destination
+    assert not errors, "\n\n".join(errors)
+    unpublished = [number for number, destination in found.items() if number > saved + 1 and destination != "outbox"]
+    assert not unpublished, "every saved response is published"
+
+
+def tried(world: Inbox, number: int, by: str) -> tuple[str, str]:
+    """Try one step; return the destination of the prompt, or what is wrong."""
+    try:
+        return stopped_at(world, number, by), ""
+    except AssertionError as error:
+        return "", str(error)
+    finally:
+        world.close()
+
+
+# Cut off
+
+
+def number_of(steps: list[str], *parts: str) -> int:
+    """The number of the first step with all these parts."""
+    found = (number for number, step in enumerate(steps, 1) if all(part in step for part in parts))
+    number = next(found, 0)
+    assert number, (parts, steps)
+    return number
+
+
+POINTS = {
+    "take": ("after journal Common._taken",),
+    "claim": ("rename", "/.imagewatch/", ".prompt.txt"),
+    "spend": ("after journal Journal.spend",),
+    "first byte": ("first byte",),
+    "response": ("response",),
+    "saved": (".answer.1",),
+    "shared": ("sync_folder", "/.imagewatch/"),
+    "decide": ("after journal Journal.decide",),
+    "published": ("after journal Journal.set_state",),
+}
+
+
+@pytest.mark.parametrize("which", ["database", "endpoint", "both"])
+def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothing(
+    inbox: Callable[..., Inbox], which: str
+) -> None:
+    steps = count_steps(inbox("counted"))
+    numbers = {name: number_of(steps, *parts) for name, parts in POINTS.items()}
+    worlds = {name: inbox(f"cut{number}") for number, name in enumerate(POINTS)}
+    errors = []
+    with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
+        results = [(name, pool.submit(cut_off, world, numbers[name], which)) for name, world in worlds.items()]
+        for name, result in results:
+            try:
+                result.result()
+            except AssertionError as error:
+                errors.append(f"cut off from {which} before: {name}\n{error}")
+    assert not errors, "\n\n".join(errors)
+
+
+def cut_off(world: Inbox, number: int, which: str) -> None:
+    """Cut a daemon off before a step, and let another one run; then let the first have its connections again."""
+    prompt = f"a cat {number} cut off from {which}"
+    database_port, endpoint_port = (int(urlsplit(uri).port or 0) for uri in (world.database, world.sandbox.base_url))
+    with contextlib.closing(world), Proxy(database_port) as to_database, Proxy(endpoint_port) as to_endpoint:
+        way = f"http://127.0.0.1:{to_endpoint.port}"
+        one = world.member("one", database=to_database.through(world.database), base_url=way)
+        one.prompt("cat", prompt)
+        first = world.run(one, stop_before=number, by="pause")
+        until(lambda: len(one.steps()) >= number)
+        before = world.calls(prompt)
+        cut = [
+            proxy for proxy, name in ((to_database, "database"), (to_endpoint, "endpoint")) if which in {name, "both"}
+        ]
+        for proxy in cut:
+            proxy.cut()
+        one.go()
+        world.run(world.member("two"))
+        if which == "endpoint":
+            until(lambda: is_over(world) or bool(first.events("held") or first.events("not_sent")), 30)
+        else:
+            until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")
+            assert world.calls(prompt) <= max(before, 1)
+        for proxy in cut:
+            proxy.restore()
+        world.settle(60)
+        destination = world.check("cat", prompt)
+        if any(step.endswith(".answer.1") for step in one.steps()[: number - 1]):
+            assert destination == "outbox"
+
+
+# A folder of claimed files that cannot be written
+
+
+def alone(world: Inbox, prompt: str) -> tuple[LoggedDaemon, Path]:
+    """Let a daemon have a response that it cannot share; return it, and the file that makes the folder read-only."""
+    steps = count_steps(world)
+    for path in (world.folders().outbox, world.folders().archive):
+        for one in path.iterdir():
+            one.unlink()
+    member, read_only = world.members["one"], Path(world.members["one"].environ["READ_ONLY_FILE"])
+    world.close()
+    number = number_of(steps, "create", "/.imagewatch/", "answer.")
+    member.steps_file.unlink()
+    member.prompt("cat", prompt)
+    first = world.run(member, stop_before=number, by="pause")
+    until(lambda: len(member.steps()) >= number)
+    read_only.touch()
+    member.go()
+    first.wait_for("response_not_shared")
+    return first, read_only
+
+
+def test_a_response_that_cannot_be_shared_is_published_when_the_folder_can_be_written_again(
+    inbox: Callable[..., Inbox],
+) -> None:
+    world = inbox()
+    _, read_only = alone(world, "a cat, alone")
+    assert world.folders().finished() == {}
+    read_only.unlink()
+    world.settle()
+    assert world.folders().finished() == {"cat": "outbox"}
+    assert world.calls("a cat, alone") == 1
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_no_daemon_declares_an_unknown_charge_while_another_one_alone_has_the_response(
+    inbox: Callable[..., Inbox], is_forgotten: bool
+) -> None:
+    world, prompt = inbox(), "a cat, alone"
+    first, read_only = alone(world, prompt)
+    first.kill()
+    read_only.unlink()
+    one, two = world.members["one"], world.member("two")
+    second = world.run(two)
+    second.wait_for("taken_over")
+    threading.Event().wait(DEADLINE + 4)
+    assert world.folders().finished() == {}, "an unknown charge would be declared by now"
+    if is_forgotten:
+        named = command(two, "hosts", "forget", one.name)
+        assert "1 responses are only in its state folder" in named.stdout, named.stdout + named.stderr
+        assert command(two, "hosts", "forget", one.name, "--yes").returncode == 0
+        until(lambda: world.folders().finished() == {"cat": "errors"})
+        assert world.folders().error("cat")["charged"] == "unknown"
+    world.run(one)
+    world.settle()
+    assert world.folders().finished() == {"cat": "outbox"}
+    assert world.calls(prompt) == 1
+
+
+# A database that has lost its last commits
+
+
+@pytest.mark.parametrize("point", ["take", "spend"])
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_payment(
+    inbox: Callable[..., Inbox], sandbox: Sandbox, postgres: Server, database: str, point: str, is_saved: bool
+) -> None:
+    counted, world, prompt = inbox("counted"), inbox(), "a cat, twice?"
+    steps = count_steps(counted)
+    counted.close()
+    before = {"take": ("journal Common._taken",), "spend": ("journal Journal.spend",)}[point]
+    one = world.members["one"]
+    one.prompt("cat", prompt)
+    first = world.run(one, stop_before=number_of(steps, *before), by="pause")
+    until(lambda: len(one.steps()) >= number_of(steps, *before))
+    if not is_saved:
+        sandbox.hold()
+
+    def send() -> None:
+        one.go()
+        if is_saved:
+            until(lambda: any(step.endswith(".answer.1") for step in one.steps()))
+        else:
+            until(lambda: world.calls(prompt) == 1)
+        first.kill()
+        sandbox.release()
+
+    replace_by_earlier(postgres, database, send)
+    world.run(world.member("two"))
+    if not is_saved:
+        until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")
+    assert command(one, "release", "--accept-new-ledger").returncode == 0
+    world.run(one)
+    world.settle()
+    assert world.check("cat", prompt) == ("outbox" if is_saved else "errors")
+
+
+# The journal alone
+
+
+def test_the_right_to_send_is_not_spent_by_a_daemon_whose_job_was_taken_over(
+    database: str, member: Callable[..., Journal]
+) -> None:
+    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
+    one.offer(claim())
+    assert [taken.epoch for taken in one.common.take(5)] == [1]
+    one.common.let_go()
+    assert [taken.epoch for taken in two.common.take_over(5)] == [2]
+    with pytest.raises(LostJobError):
+        one.spend(row(nonce="one"), FLUX, skip_repeated=False)
+    assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
+
+
+def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
+    database: str, member: Callable[..., Journal], postgres: Server
+) -> None:
+    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
+    one.offer(claim())
+    one.common.take(5)
+    one.common.let_go()
+    two.common.take_over(5)
+    assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
+    one.unsent("a", 1, "one")
+    one.common.unsent("a", 1, "one")
+    assert outcomes(postgres, database) == {("a", 1): "sent"}
+    with pytest.raises(SpoolError, match="must not be sent"):
+        two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False)
+    two.common.unsent("a", 1, "two")
+    assert two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False) is None
