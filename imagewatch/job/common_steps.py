@@ -99,9 +99,9 @@ class CommonSteps:
         """Leave a witness of an attempt whose row is committed, right before its first byte; see ``Handover``."""
         fate = self._sending.known(job.id, attempt)
         assert fate is not None
-        self._handover.testify(
-            job.id, Witness(attempt=attempt, nonce=nonce, instance=self._common.instance, sent=fate.sent)
-        )
+        me = self._common.instance
+        witness = Witness(attempt=attempt, nonce=nonce, instance=me, sent=fate.sent, claim=job.claim)
+        self._handover.testify(job.id, witness)
 
     def restore_witnessed(self, record: Record, claim: Claim) -> None:
         """Write the rows of attempts again of which there is a witness, and that the database has lost.
@@ -114,28 +114,31 @@ class CommonSteps:
         for witness in self._handover.witnesses(record.job):
             if witness.attempt <= record.row.highest:
                 continue
-            sent = witness.sent
-            row = Row(
-                job=claim.job,
-                attempt=witness.attempt,
-                source=claim.source,
-                source_size=claim.size,
-                source_mtime_ns=claim.mtime_ns,
-                outcome="sent",
-                charged="unknown",
-                owner=claim.owner,
-                claimed_at=claim.at,
-                sent_at=sent.at or self._clock(),
-                asked=sent.asked,
-                endpoint=sent.endpoint,
-                prompt_sha256=sent.prompt_sha256,
-                provider=str(sent.fields.get("provider", "")),
-                nonce=witness.nonce,
-                request=dump(sent).decode(),
-            )
-            _log.warning("attempt_restored", attempt=witness.attempt, reason="the database has lost its row")
-            self._journal.restore(claim, row)
+            self._restore(witness, claim)
             record.read_again()
+
+    def _restore(self, witness: Witness, claim: Claim, epoch: int = 0) -> None:
+        sent = witness.sent
+        row = Row(
+            job=claim.job,
+            attempt=witness.attempt,
+            source=claim.source,
+            source_size=claim.size,
+            source_mtime_ns=claim.mtime_ns,
+            outcome="sent",
+            charged="unknown",
+            owner=claim.owner,
+            claimed_at=claim.at,
+            sent_at=sent.at or self._clock(),
+            asked=sent.asked,
+            endpoint=sent.endpoint,
+            prompt_sha256=sent.prompt_sha256,
+            provider=str(sent.fields.get("provider", "")),
+            nonce=witness.nonce,
+            request=dump(sent).decode(),
+        )
+        self._journal.restore(claim, row, epoch)
+        _log.warning("attempt_restored", job=claim.job, attempt=row.attempt, reason="the database has lost its row")
 
     # Its response
 
@@ -191,16 +194,24 @@ class CommonSteps:
         return self.hand_over(job.id)
 
     def tidy(self) -> None:
-        """Put back into the inbox what a daemon has claimed after its job was over, if that daemon has died since.
+        """Look for claim folders that no job has: of daemons that have died, or of jobs that the database has lost.
+
+        What was claimed after its job was over goes back into the inbox. A job that the database has lost is written
+        down again if it was sent, and is taken over then.
 
         Raises:
             SpoolError: The journal or the disk cannot be used.
         """
-        for name in self._handover.claimed():
+        for name, epoch in self._handover.claimed().items():
             job = name.partition(".")[0]
-            place = None if self._common.epoch(job) else self._common.place(job)
+            if self._common.epoch(job):
+                continue
+            place = self._common.place(job)
             if place is not None and place.state == "done":
                 self._handover.give_back_late(name, place.folder)
+            for witness in self._handover.witnesses(job, name) if place is None else ():
+                if witness.claim is not None:
+                    self._restore(witness, witness.claim, epoch)
 
     def hand_over(self, job: str) -> Outcome:
         """Let another daemon have the responses of its job, and remove them here when it is over.

@@ -24,7 +24,7 @@ import msgspec
 
 from imagewatch.journal.common import lost
 from imagewatch.protocol.names import SUFFIX
-from imagewatch.protocol.values import Sent
+from imagewatch.protocol.values import Claim, Sent
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ChargeUnknown, SpoolError
 
@@ -49,12 +49,14 @@ class Witness(msgspec.Struct, frozen=True, kw_only=True):
         nonce: Of its row.
         instance: The daemon that may have sent it.
         sent: What was sent.
+        claim: Its prompt; None if that is not known.
     """
 
     attempt: int
     nonce: str
     instance: str
     sent: Sent
+    claim: Claim | None = None
 
 
 class Handover:
@@ -155,12 +157,9 @@ class Handover:
         Raises:
             SpoolError: The folder cannot be read.
         """
-        for folder in (os.path.basename(self._folders.claim_folder(job)), *self._older(job)):
-            path = os.path.join(self._folders.claims, folder)
-            with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
-                if any(_RESPONSE.fullmatch(name) for name in self._folders.tops.names(path, folders=False)):
-                    return True
-        return False
+        folders = [name for name in self.claimed() if name.partition(".")[0] == job]
+        paths = [os.path.join(self._folders.claims, folder) for folder in folders]
+        return any(_RESPONSE.fullmatch(name) for path in paths for name in self._names_in(path))
 
     def clear(self, job: str, *, keep: bool = False) -> None:
         """Remove what daemons have left for each other: the job is over.
@@ -177,7 +176,9 @@ class Handover:
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
 
     def _names(self, job: str) -> list[str]:
-        path = self._folders.claim_folder(job)
+        return self._names_in(self._folders.claim_folder(job))
+
+    def _names_in(self, path: str) -> list[str]:
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
             return self._folders.tops.names(path, folders=False)
         return []
@@ -209,16 +210,21 @@ class Handover:
             raise
         self._common.require_lease(job)
 
-    def witnesses(self, job: str) -> list[Witness]:
+    def witnesses(self, job: str, folder: str = "") -> list[Witness]:
         """Return the witnesses of a job, in order; those that cannot be read have no content.
+
+        Args:
+            job: Its id.
+            folder: Name of its claim folder; empty: that of its epoch.
 
         Raises:
             SpoolError: The disk failed.
         """
         found = []
-        for name in self._names(job):
+        where = os.path.join(self._folders.claims, folder) if folder else self._folders.claim_folder(job)
+        for name in self._names_in(where):
             if number := _SENT.fullmatch(name):
-                path = os.path.join(self._folders.claim_folder(job), name)
+                path = os.path.join(where, name)
                 with disk_errors(path, "read"), open(self._folders.tops.open_file(path, os.O_RDONLY), "rb") as file:
                     raw = file.read(_MOST_BYTES)
                 try:

@@ -154,7 +154,8 @@ class Steps:
         elif not self._spool.originals.give_back(job.claim):  # only the images: its prompt was taken away
             return self._await_name(job)
         is_kept = outcome.destination == "errors" and outcome.charged == "yes" and job.state.answered > 0
-        is_unknown = self.common.is_on and outcome.charged == "unknown"
+        # Another daemon may still have its response: it is unknown whether it was charged, or what for.
+        is_unknown = self.common.is_on and outcome.destination == "errors" and outcome.charged != "no" and not is_kept
         self._spool.forget(job.record, keep=is_kept, is_unknown=is_unknown)
         return outcome
 

@@ -77,7 +77,9 @@ _ANSWER_IS_THERE = "UPDATE attempts SET answer_on = '' WHERE job = ? AND answer_
 _REOPEN = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ? AND state = 'done' AND decision <> ''
-    AND (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome = 'unknown' AND attempt = ANY(?))
+    AND (EXISTS (
+            SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'completed') AND attempt = ANY(?)
+        )
         OR (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id)
             AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome <> 'unsent')))
     RETURNING epoch"""  # noqa: S608

@@ -205,12 +205,20 @@ class Journal(JobRows):
         """
         return self._unspent.get(job)
 
-    def restore(self, claim: Claim, row: Row) -> None:
-        """Write a job and its attempt again, if this journal has taken the place of the one that had them."""
+    def restore(self, claim: Claim, row: Row, epoch: int = 0) -> None:
+        """Write a job and its attempt again, if this journal has taken the place of the one that had them.
+
+        Args:
+            claim: The job.
+            row: Its attempt.
+            epoch: Of its claim folder in a common inbox; 0: as this process knows it. It may be taken over then.
+        """
 
         def act(connection: Connection) -> None:
             if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone() is None:
                 self._insert(connection, claim)
+                if self.common.is_on:
+                    connection.execute(_SET_EPOCH, (epoch or self.common.epoch(claim.job), claim.job))
             question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
             if connection.execute(question, (row.job, row.attempt)).fetchone() is None:
                 self._write(connection, row)
@@ -405,6 +413,7 @@ _UNSENT = (
     "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
     "WHERE job = ? AND attempt = ? AND nonce = ? AND outcome = 'sent'"
 )
+_SET_EPOCH = "UPDATE jobs SET epoch = ? WHERE id = ?"
 _IS_KNOWN = "SELECT 1 FROM jobs WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
 _REDELIVERED = (

@@ -27,7 +27,10 @@ FAILURES = (AssertionError, pytest.fail.Exception)
 
 
 def no_lock(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("imagewatch.journal.postgres.database.PostgresDatabase._lock", lambda *_: None)
+    from imagewatch.journal.postgres import database  # noqa: PLC0415  psycopg may be missing
+
+    assert "FOR UPDATE" in database._LOCK
+    patch.setattr(database, "_LOCK", database._LOCK.replace("FOR UPDATE OF a", ""))
 
 
 def no_warnings(patch: pytest.MonkeyPatch) -> None:

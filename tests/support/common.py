@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -90,11 +89,7 @@ class Inbox:
 
     def run(self, member: Member, *, stop_before: int = 0, by: str = "kill") -> LoggedDaemon:
         """Start the daemon of a member."""
-        member.environ |= {
-            "STOP_BEFORE": str(stop_before),
-            "STOP_BY": by,
-            "BROKEN": os.environ.get("IMAGEWATCH_BROKEN", ""),
-        }
+        member.environ |= {"STOP_BEFORE": str(stop_before), "STOP_BY": by}
         if not stop_before:
             member.steps_file.unlink(missing_ok=True)
         self.daemons.append(LoggedDaemon(Running(member, script=RUNNER)))

@@ -8,7 +8,6 @@ response. Each is written to a file, one a line, so that a test sees where the p
     READ_ONLY_FILE  while it is there, the folder of claimed files cannot be changed
     STOP_BY      kill: SIGKILL; stop: SIGSTOP; pause: only the thread waits, until the file STEPS_FILE.go is there
     LEASE        how long a job is held after a sign of its daemon, seconds
-    BROKEN       what is left out, a key of ``_breaks``: each makes a test fail
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from imagewatch.endpoint.saved_answer import Sink
 from imagewatch.job import common_steps
 from imagewatch.job.handover import Handover
 from imagewatch.job.sending import Sending
-from imagewatch.journal import common
 from imagewatch.journal.common import Common
 from imagewatch.journal.holds import Holds
 from imagewatch.journal.postgres.database import PostgresDatabase
@@ -124,31 +122,12 @@ def _watch_request() -> None:
     Sink._put = counted_put  # type: ignore[method-assign, assignment]
 
 
-def _no_witness(self: Handover, job: str, _witness: object) -> None:
-    self._common.require_lease(job)
-
-
-def _breaks() -> dict[str, tuple[object, str, object]]:
-    """What each word in BROKEN replaces, and by what."""
-    return {
-        "holder": (Common, "require_held", lambda *_: None),
-        "decide": (PostgresDatabase, "is_ours", "TRUE"),
-        "witness": (Handover, "testify", _no_witness),
-        "nonce": (common, "_UNSENT", common._UNSENT.replace("nonce = ?", "nonce <> ?")),
-        "fence": (Handover, "fence", lambda *_: None),
-        "wait": (common_steps.CommonSteps, "wait_for", lambda *_: 0.0),
-        "reopen": (Common, "reopen", lambda *_: False),
-    }
-
-
 if __name__ == "__main__":
     common_steps._GRACE_SECONDS = 1.0
     _watch_changes()
     _watch_request()
     for owner, name in ((Common, "take"), (Common, "take_over"), (Handover, "fence")):
         _counting(owner, name)
-    if broken := os.environ.get("BROKEN"):
-        setattr(*_breaks()[broken])
     log.configure("info", "json")
     config = load(None, os.environ)
     config = replace(config, shared=replace(config.shared, lease_seconds=float(os.environ["LEASE"])))
