@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from imagewatch.commands import afford
 from imagewatch.commands.check_settings import Line, account, settings
+from imagewatch.commands.check_shared import shared_lines
 from imagewatch.commands.common import config_option, json_option, load_config
 from imagewatch.commands.ledger import open_budget
 from imagewatch.commands.state import holds
@@ -27,7 +28,7 @@ from imagewatch.job.delivery import blocked
 from imagewatch.journal.budget import folder_of
 from imagewatch.protocol.request import Request, build
 from imagewatch.system.errors import BadRequest, SpoolError
-from imagewatch.system.exits import EXIT_CONFIG
+from imagewatch.system.exits import EXIT_CONFIG, EXIT_FAILED
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import printable, to_json
 
@@ -52,14 +53,20 @@ _COLORS = {
 
 @click.command()
 @click.option("--balance", is_flag=True, help="Also ask the endpoint for the account's balance (free of charge)")
+@click.option("--shared", is_flag=True, help="Try out a common inbox with another host; run it on both")
 @json_option
 @config_option
-def check(path: str | None, *, balance: bool, as_json: bool) -> None:
+def check(path: str | None, *, balance: bool, shared: bool, as_json: bool) -> None:
     """List what the daemon would do with each file, and every problem.
 
     Checks the configuration, the folders, the key (never shown), holds, and every file in the inbox. Nothing is
     claimed, sent or created.
+
+    With --shared, only the file system of the inbox is tried out, for several daemons that process it together. Run
+    it on two hosts at the same time, as the user of the daemons. It exits with 1 if something is bad.
     """
+    if shared:
+        _check_shared(load_config(path), as_json=as_json)
     found: dict[str, list[Line]] = {"settings": [], "files": []}
     for part, line in _checked(load_config(path), balance=balance):
         found[part].append(line)
@@ -70,6 +77,17 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
     elif not found["files"]:
         click.echo("There is no prompt in the inbox.")
     sys.exit(EXIT_CONFIG if any(line.verdict == "bad" for line in found["settings"]) else 0)
+
+
+def _check_shared(config: Config, *, as_json: bool) -> NoReturn:
+    lines = []
+    for line in shared_lines(config):
+        lines.append(line)
+        if not as_json:
+            _row(line)
+    if as_json:
+        click.echo(to_json({"settings": [asdict(line) for line in lines]}, indent=1))
+    sys.exit(EXIT_FAILED if any(line.verdict == "bad" for line in lines) else 0)
 
 
 def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:

@@ -1,20 +1,29 @@
-"""``imagewatch db``: makes and checks the tables of the shared database."""
+"""``imagewatch db``: makes and checks the tables of the shared database, and writes lost rows again."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import click
 
 from imagewatch.commands.common import config_option, json_option, load_config
-from imagewatch.journal.opening import place_of
-from imagewatch.system.errors import ConfigError, Problem
-from imagewatch.system.exits import EXIT_CONFIG
+from imagewatch.commands.state import is_running, load_as_owner
+from imagewatch.job.lost_jobs import LostJobs
+from imagewatch.job.spool import Spool
+from imagewatch.journal.counted import Counted
+from imagewatch.journal.lost_rows import LostRows
+from imagewatch.journal.opening import open_journal, place_of, require_own_store
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import AlreadyRunning, ConfigError, Problem
+from imagewatch.system.exits import EXIT_CONFIG, EXIT_FAILED
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
+    from imagewatch.config.schema import Config
     from imagewatch.journal.postgres.place import Place
 
 
@@ -66,6 +75,67 @@ def check(path: str | None, *, as_json: bool) -> None:
     else:
         click.echo(f"ok: the account {printable(place.account)}; this daemon is {printable(place.instance)}")
     sys.exit(EXIT_CONFIG if problems else 0)
+
+
+@db.command()
+@click.option("--yes", is_flag=True, help="Do it; without this option, it is only shown what would be done")
+@config_option
+def recover(path: str | None, *, yes: bool) -> None:
+    """Write rows again that the database has lost.
+
+    For a database that was restored from a backup, and for a standby that took over without the newest commits. Stop
+    all daemons of the inbox first, then run the command on each host. It reads the receipts and error files, the
+    folder of claimed files, and the responses in the state folder of its host. Requests of which these show that they
+    were sent count again, and are not sent again. Prompts that were claimed and not sent go back into the inbox.
+    Afterwards the daemon of this configuration accepts the database. It is safe to run the command again.
+    """
+    config = load_as_owner(path)
+    _place(path)
+    with contextlib.closing(open_journal(config, time.time)) as journal:
+        rows = LostRows(journal.file)
+        _require_stopped(config, rows)
+        spool = Spool(config, Disk(), journal)
+        spool.lock(is_alone=True)
+        try:
+            spool.prepare()
+            is_left = _recover(LostJobs(spool), is_done=yes)
+        finally:
+            spool.unlock()
+        if yes:
+            Counted(config.folders.state).write(rows.recorded())
+    if not yes:
+        click.echo("Nothing was changed. To do it, run the command again with --yes.")
+    sys.exit(EXIT_FAILED if is_left or not yes else 0)
+
+
+def _require_stopped(config: Config, rows: LostRows) -> None:
+    """Make sure that no daemon of the inbox runs: it may still send what would be put back into the inbox.
+
+    Raises:
+        AlreadyRunning: One does.
+        SpoolError: The state folder belongs to another journal, or the database cannot be used.
+    """
+    require_own_store(config)
+    if is_running(config):
+        raise AlreadyRunning("the daemon of this configuration is running", hint="stop it, then run the command again")
+    if found := rows.running(config.shared.lease_seconds):
+        name, host, seconds = found
+        message = f"the daemon {printable(name)} on {printable(host)} was seen {seconds:.0f} seconds ago"
+        hint = f"stop it; after a kill, wait until it was not seen for {config.shared.lease_seconds:.0f} seconds"
+        raise AlreadyRunning(message, hint=hint)
+
+
+def _recover(jobs: LostJobs, *, is_done: bool) -> bool:
+    """Show what was found, and do it; return whether something of it could not be done."""
+    count, left = 0, 0
+    for found in jobs.find():
+        count += 1
+        click.echo(f"{printable(found.source or '(unknown)')} (job {found.job}): {printable(found.what)}")
+        if is_done and (why := jobs.carry_out(found)):
+            left += 1
+            click.echo(f"  not done: {printable(why)}")
+    click.echo(f"{count} jobs found that the database lacks or has in part." if count else "The database lacks no job.")
+    return bool(left)
 
 
 def _place(path: str | None) -> Place:

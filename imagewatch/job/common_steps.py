@@ -13,10 +13,9 @@ import structlog
 
 from imagewatch.job.handover import Witness
 from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.rows import restored_row
 from imagewatch.job.sending import Left
 from imagewatch.journal.common import lost
-from imagewatch.journal.row import Row
-from imagewatch.protocol.values import dump
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -118,25 +117,7 @@ class CommonSteps:
             record.read_again()
 
     def _restore(self, witness: Witness, claim: Claim, epoch: int = 0) -> None:
-        sent = witness.sent
-        row = Row(
-            job=claim.job,
-            attempt=witness.attempt,
-            source=claim.source,
-            source_size=claim.size,
-            source_mtime_ns=claim.mtime_ns,
-            outcome="sent",
-            charged="unknown",
-            owner=claim.owner,
-            claimed_at=claim.at,
-            sent_at=sent.at or self._clock(),
-            asked=sent.asked,
-            endpoint=sent.endpoint,
-            prompt_sha256=sent.prompt_sha256,
-            provider=str(sent.fields.get("provider", "")),
-            nonce=witness.nonce,
-            request=dump(sent).decode(),
-        )
+        row = restored_row(claim, witness.attempt, witness.nonce, witness.sent, self._clock())
         self._journal.restore(claim, row, epoch)
         _log.warning("attempt_restored", job=claim.job, attempt=row.attempt, reason="the database has lost its row")
 

@@ -11,7 +11,9 @@ from typing import IO, TYPE_CHECKING
 
 from imagewatch.config.locate import others_above
 from imagewatch.config.values import overlaps
+from imagewatch.inbox.claimed import JOB
 from imagewatch.job.claims import Claims, NotOursError
+from imagewatch.job.common_folder import FolderProbes, Whose, claim_inbox, require_tried
 from imagewatch.job.record import Record
 from imagewatch.protocol.names import ANSWERS
 from imagewatch.system.disk_errors import closing, disk_errors
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _PROBE = ".iw-probe"
 _LOCK = "lock"
+_SAME_USER = "run all daemons of a common inbox as the same user: the same number (uid) on all hosts"
 _LEAST_FILES = 1000
 """Files that must still be possible, whatever space there is: a job makes some ten, SQLite two."""
 
@@ -89,6 +92,7 @@ class JobFolders:
         self.permissions = Permissions(config.outbox.file_mode, config.outbox.folder_mode, config.outbox.group)
         self._lock: IO[bytes] | None = None
         self._claims_lock: IO[bytes] | None = None
+        self._is_alone = True
         self._mounts = Mounts([])
         self._ways: dict[str, str] = {}
         self._kinds = Kinds()
@@ -122,21 +126,48 @@ class JobFolders:
         self._remove_probes()
         with contextlib.suppress(NotOursError):
             self.probe()
+            if self.journal.common.is_on:
+                FolderProbes(self.disk, self.claims).run()
         self._prove_outbox()
         self._mounts = Mounts(self._all())
 
-    def lock(self) -> None:
+    def lock(self, *, is_alone: bool = False) -> None:
         """Lock this inbox and this state folder, until the process ends.
+
+        Args:
+            is_alone: Whether no other daemon may use the inbox, not even one of a common inbox.
 
         Raises:
             AlreadyRunning: Another daemon has locked them.
         """
+        self._is_alone = is_alone or not self.journal.common.is_on
         self.disk.make_folder(self.state)
         self.disk.make_folder(self.inbox, mode=0o777)
         self._open([self.state, self.inbox])
         self._lock = lock(os.path.join(self.state, _LOCK), self.tops)
-        with contextlib.suppress(NotOursError):
+        try:
+            self._require_common()
             self.require_claims()
+        except NotOursError as error:
+            if self.journal.common.is_on:
+                raise SpoolError(str(error), path=error.path, code=error.code, hint=_SAME_USER) from error
+
+    def _require_common(self) -> None:
+        """Make sure that a common inbox may be on this file system, and has no jobs of before it was common.
+
+        Raises:
+            ConfigError: It may not.
+            SpoolError: It has some.
+        """
+        if not self.journal.common.is_on:
+            return
+        self._kinds.refresh()
+        require_tried(self.inbox, self._kinds.of(self.inbox))
+        with disk_errors(self.claims, "list the folder"), contextlib.suppress(FileNotFoundError):
+            if jobs := [name for name in self.tops.names(self.claims, folders=True) if JOB.fullmatch(name)]:
+                message = f"a daemon that had this inbox alone has left {len(jobs)} jobs in {printable(self.claims)}"
+                hint = "start it once more without shared.inbox and let it finish them (imagewatch once)"
+                raise SpoolError(message, path=self.claims, code=errno.EBUSY, hint=hint)
 
     def require_claims(self) -> None:
         """Make sure that the folder for claims is ours, and that no other daemon uses it.
@@ -155,7 +186,9 @@ class JobFolders:
         if self._lock is None:  # nothing is claimed in this process
             return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
-            held = lock(path, self.tops, is_shared=self.journal.common.is_on)
+            whose = Whose(*self.journal.common.names_of_inbox)
+            is_common = self.journal.common.is_on
+            held = claim_inbox(path, self.tops, whose, is_common=is_common, is_alone=self._is_alone)
             if self._claims_lock is not None:
                 self._claims_lock.close()
             self._claims_lock = held

@@ -2,7 +2,8 @@
 
 ::
 
-    inbox/.imagewatch/ID.E/sent.N         witness: attempt N may have been sent
+    inbox/.imagewatch/ID.E/claim.json     what was claimed: where its originals belong, if the database loses its rows
+                           sent.N         witness: attempt N may have been sent
                            answer.N       its response, copied from the state folder of the daemon that sent it
                            answer.image.K its images; also image.K, fetched.K and raw, as in the state folder
 
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch.journal.common import lost
-from imagewatch.protocol.names import SUFFIX
-from imagewatch.protocol.values import Claim, Sent
+from imagewatch.protocol.names import CLAIM_NOTE, SUFFIX
+from imagewatch.protocol.values import Claim, Sent, load
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ChargeUnknown, SpoolError
 
@@ -92,6 +93,7 @@ class Handover:
             if not self._folders.tops.exists(target):
                 self._rename(path, target)
                 continue
+            self._drop_notes(path)
             for inner in self._folders.tops.names(path):
                 self._rename(os.path.join(path, inner), os.path.join(target, inner))
             self._disk.remove_folder(path)
@@ -129,12 +131,13 @@ class Handover:
         """
         path = os.path.join(self._folders.claims, name)
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
-            names = self._folders.tops.names(path, folders=False)
+            names = self._names_in(path)
             if any(_OURS.fullmatch(one) for one in names):
                 return  # it may have been sent
             target = os.path.join(self._folders.inbox, folder)
             self._folders.require_mounts()
             self._disk.make_inner(self._folders.inbox, folder)
+            self._drop_notes(path)
             for one in sorted(names, key=lambda one: one.endswith(SUFFIX)):
                 with contextlib.suppress(FileNotFoundError, FileExistsError):  # a newer file has the name
                     self._disk.rename(os.path.join(path, one), os.path.join(target, one))
@@ -150,6 +153,10 @@ class Handover:
         except SpoolError:
             if self._folders.tops.exists(source) or not self._folders.tops.exists(target):
                 raise
+
+    def _drop_notes(self, folder: str) -> None:
+        for name in (CLAIM_NOTE, f"{CLAIM_NOTE}.tmp"):
+            self._disk.unlink(os.path.join(folder, name))
 
     def has_response(self, job: str) -> bool:
         """Return whether the response of a job is in its claim folder, whichever daemon had it last.
@@ -169,6 +176,7 @@ class Handover:
             keep: Keep the response, for ``imagewatch retry`` on any host.
         """
         self._fenced.pop(job, None)
+        self._drop_notes(self._folders.claim_folder(job))
         for name in self._names(job):
             if keep and name.startswith("answer."):
                 continue
@@ -180,8 +188,19 @@ class Handover:
 
     def _names_in(self, path: str) -> list[str]:
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
-            return self._folders.tops.names(path, folders=False)
+            names = self._folders.tops.names(path, folders=False)
+            return [name for name in names if name.removesuffix(".tmp") != CLAIM_NOTE]
         return []
+
+    def claim(self, job: str) -> Claim | None:
+        """Return what was claimed as its folder has it; None if that is missing, or was not written whole."""
+        path = os.path.join(self._folders.claim_folder(job), CLAIM_NOTE)
+        with (
+            contextlib.suppress(OSError, ValueError, msgspec.DecodeError),
+            open(self._folders.tops.open_file(path, os.O_RDONLY), "rb") as file,
+        ):
+            return load(file.read(_MOST_BYTES), Claim)
+        return None
 
     # Witnesses
 

@@ -9,6 +9,8 @@ import pwd
 import stat
 from typing import TYPE_CHECKING
 
+from imagewatch.protocol.names import CLAIM_NOTE
+from imagewatch.protocol.values import dump
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import NotAFolderError
@@ -46,6 +48,8 @@ class Originals:
         """
         folder = self._folders.claim_folder(claim.job)
         self._disk.make_folder(folder)  # not synced, nor are the renames: see take_again
+        if self._folders.journal.common.is_on:
+            self._disk.jot(os.path.join(folder, CLAIM_NOTE), dump(claim))
         try:
             with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
                 claimed = self._claim_file(claim, claim.prompt)
@@ -170,10 +174,10 @@ class Originals:
         return twin
 
     def claimed(self, job: str) -> set[str]:
-        """Return the names of all files in the folder of a claim."""
+        """Return the names of all files in the folder of a claim, its note aside."""
         path = self._folders.claim_folder(job)
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
-            return set(self._folders.tops.names(path, folders=False))
+            return {name for name in self._folders.tops.names(path, folders=False) if not _is_note(name)}
         return set()
 
     def _originals(self, claim: Claim) -> set[str]:
@@ -228,6 +232,10 @@ class Originals:
         """Remove the originals of a redelivery."""
         for name in self.present(claim):
             self._disk.unlink(self._folders.original(claim, name))
+
+
+def _is_note(name: str) -> bool:
+    return name.removesuffix(".tmp") == CLAIM_NOTE
 
 
 @functools.lru_cache(maxsize=256)

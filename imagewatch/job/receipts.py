@@ -65,7 +65,7 @@ def compose(
     values["inputs"] = [_input(item) for item in sent.inputs] if sent and sent.inputs else None
     values["originals"] = originals or None
     ordered = _ordered(_masked(values))
-    return _written(ordered), _facts(ordered)
+    return _written(ordered), facts_of(ordered)
 
 
 def _masked(values: Mapping[str, Any]) -> dict[str, object]:
@@ -76,7 +76,7 @@ def _masked(values: Mapping[str, Any]) -> dict[str, object]:
     return masked
 
 
-def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain part of a result file, to be kept as JSON: TOML takes twenty times as long to read."""
     facts = {name: values[name] for name in _FACTS if name in values}
     facts["answered"] = "answered" in values["times"]

@@ -15,7 +15,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from imagewatch.endpoint.decode import Reading
     from imagewatch.job.running import Attempt, RunningJob
-    from imagewatch.protocol.values import Charged
+    from imagewatch.protocol.values import Charged, Claim, Sent
 
 
 def row_of(  # noqa: PLR0913  what the columns need
@@ -56,6 +56,39 @@ def row_of(  # noqa: PLR0913  what the columns need
         nonce=attempt.nonce,
     )
     return _with_response(_with_request(row, attempt), attempt)
+
+
+def restored_row(claim: Claim, attempt: int, nonce: str, sent: Sent, at: float) -> Row:
+    """Return the row of an attempt that a shared database has lost, and of which a witness is left.
+
+    Args:
+        claim: The job.
+        attempt: Its number.
+        nonce: Of the lost row.
+        sent: What was sent; what is not known of it is empty.
+        at: When, if that is not known.
+    """
+    return Row(
+        job=claim.job,
+        attempt=attempt,
+        source=claim.source,
+        source_size=claim.size,
+        source_mtime_ns=claim.mtime_ns,
+        outcome="sent",
+        charged="unknown",
+        owner=claim.owner,
+        claimed_at=claim.at,
+        sent_at=sent.at or at,
+        asked=sent.asked,
+        endpoint=sent.endpoint,
+        contents=json.dumps(sent.contents) if sent.contents else "",
+        fields=json.dumps(sent.fields) if sent.fields else "",
+        prompt_sha256=sent.prompt_sha256,
+        provider=str(sent.fields.get("provider", "")),
+        version=__version__,
+        nonce=nonce,
+        request=dump(sent).decode(),
+    )
 
 
 def _with_request(row: Row, attempt: Attempt) -> Row:

@@ -72,7 +72,7 @@ def test_a_database_that_was_restored_from_a_backup_is_not_used(
     again = Running(folders, "once")
     assert again.wait() == 69
     assert "lacks the newest requests" in again.output
-    assert "release --accept-new-ledger" in again.output
+    assert "imagewatch db recover" in again.output
     assert sandbox.report()["requests"] == 2
 
 

@@ -83,7 +83,10 @@ def lacking() -> DatabaseError:
         "the shared database lacks the newest requests of this daemon: it was restored from a backup, or a standby "
         "without them has taken over"
     )
-    hint = "put the newer database back; or accept this one: imagewatch release --accept-new-ledger"
+    hint = (
+        "put the newer database back; or stop all daemons of the inbox, and write the missing rows again on each host: "
+        "imagewatch db recover"
+    )
     return DatabaseError(message, code=errno.ESTALE, hint=hint)
 
 

@@ -1,0 +1,240 @@
+"""What a common inbox needs of its file system, tried out at the start.
+
+Several daemons, on several hosts, rely on the same calls there: a witness is created by one of them only, a rename
+never replaces a file, and a daemon whose claim folder was renamed can put nothing into it any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import subprocess
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+
+from imagewatch.system.disk_errors import disk_errors
+from imagewatch.system.errors import AlreadyRunning, ConfigError, Problem, SpoolError
+from imagewatch.system.locks import lock
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from typing import IO
+
+    from imagewatch.system.disk import Disk
+    from imagewatch.system.folders import Tops
+
+REFUSED = {"cifs", "smb3", "smbfs"}
+"""File systems on which a common inbox was not tried."""
+PROBE = ".iw-probe."
+_HINT = (
+    "put the inbox on a file system that can do that (NFS 4, a cluster file system, a local disk); or let each host "
+    "have an inbox of its own: remove shared.inbox"
+)
+_MOST_BYTES = 4096
+_LOCK_TRY = """
+import fcntl, sys
+with open(sys.argv[1], "rb+") as file:
+    for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            print("1", end="")
+        except BlockingIOError:
+            print("0", end="")
+"""
+"""Tries an exclusive and a shared lock in another process; prints 1 for each that it got."""
+_LOCK_SECONDS = 20
+
+
+class Whose(msgspec.Struct, frozen=True):
+    """Whose inbox it is: in the file of the lock."""
+
+    account: str
+    inbox: str
+
+
+def require_tried(folder: str, kind: str) -> None:
+    """Make sure that a common inbox is not on a file system on which it was not tried.
+
+    Args:
+        folder: The inbox.
+        kind: Type of its file system.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if kind in REFUSED:
+        why = f"a common inbox was not tried on SMB, and may lose files there: {printable(folder)} is on {kind}"
+        raise ConfigError([Problem("shared.inbox", why, _HINT)])
+
+
+class FolderProbes:
+    """Tries out what a common inbox needs in a folder.
+
+    Args:
+        disk: The disk.
+        folder: The folder of claimed files, opened.
+    """
+
+    def __init__(self, disk: Disk, folder: str) -> None:
+        self._disk = disk
+        self._folder = folder
+        self._base = os.path.join(folder, PROBE + secrets.token_hex(8))
+
+    def run(self) -> None:
+        """Try everything.
+
+        Raises:
+            SpoolError: Something does not work; the message says what, and where.
+        """
+        one, other, inner = f"{self._base}.1", f"{self._base}.2", f"{self._base}.d"
+        try:
+            self._try_new_file(one)
+            self._try_rename(one, other)
+            self._try_fence(one, inner)
+            self._try_locks(other)
+            self._disk.sync_folder(self._folder)
+        finally:
+            for path in (os.path.join(f"{inner}.2", "file"), one, other):
+                self._disk.unlink(path)
+            for path in (inner, f"{inner}.2"):
+                self._disk.remove_folder(path)
+
+    def _fail(self, what: str) -> NoReturn:
+        message = f"the file system of a common inbox must {what}, and does not: {printable(self._folder)}"
+        raise SpoolError(message, path=self._folder, code=errno.EOPNOTSUPP, hint=_HINT)
+
+    def _try_new_file(self, path: str) -> None:
+        with self._disk.create(path) as file:
+            with disk_errors(path, "write"):
+                file.write(b"imagewatch was here\n")
+            self._disk.sync(file, path)
+        try:
+            self._disk.create(path).close()
+        except SpoolError as error:
+            if error.code != errno.EEXIST:
+                raise
+        else:
+            self._fail("create a file only if there is none (O_CREAT with O_EXCL)")
+
+    def _try_rename(self, one: str, other: str) -> None:
+        self._disk.create(other).close()
+        try:
+            self._disk.rename(one, other)
+        except FileExistsError:
+            pass
+        else:
+            self._fail("refuse to rename a file over another one")
+        self._disk.unlink(other)
+        before = self._inode(one)
+        with disk_errors(one, "rename"):
+            self._disk.rename(one, other)
+        if self._inode(other) != before or self._disk.tops.exists(one):
+            self._fail("keep the inode of a file that is renamed")
+        self._disk.create(one).close()
+
+    def _try_fence(self, one: str, inner: str) -> None:
+        """Rename a folder, and then a file into its earlier name, as a daemon does that lost a job."""
+        self._disk.make_folder(inner)
+        with disk_errors(inner, "rename the folder"):
+            self._disk.rename(inner, f"{inner}.2")
+        try:
+            self._disk.rename(one, os.path.join(inner, "file"))
+        except FileNotFoundError:
+            pass
+        except SpoolError as error:
+            if error.code != errno.ENOENT:
+                raise
+        else:
+            self._fail("refuse to put a file into a folder that was renamed")
+        with disk_errors(inner, "rename"):
+            self._disk.rename(one, os.path.join(f"{inner}.2", "file"))
+
+    def _try_locks(self, path: str) -> None:
+        """Lock a file, and try it in another process: on a network file system one process may not notice."""
+        for is_shared, wanted in ((False, "00"), (True, "01")):
+            with lock(path, self._disk.tops, is_shared=is_shared):
+                if self._locks_of_another(path) != wanted:
+                    self._fail("let a lock of one process be noticed by another one (flock)")
+
+    def _locks_of_another(self, path: str) -> str:
+        place = self._disk.tops.at(path)
+        folder = place.dir_fd
+        name = path if folder is None else f"/proc/self/fd/{folder}/{place.name}"
+        files = () if folder is None else (folder,)
+        command = [sys.executable, "-I", "-S", "-c", _LOCK_TRY, name]
+        with disk_errors(path, "test the lock"):
+            done = subprocess.run(  # noqa: S603  our own text
+                command, pass_fds=files, capture_output=True, timeout=_LOCK_SECONDS, check=False
+            )
+        return done.stdout.decode("ascii", "replace")
+
+    def _inode(self, path: str) -> int:
+        with disk_errors(path, "check the file"):
+            return self._disk.tops.lstat(path).st_ino
+
+
+def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alone: bool) -> IO[bytes]:
+    """Lock an inbox, and make sure that it is not another one's: the file of the lock says whose it is.
+
+    Args:
+        path: The file.
+        tops: The folders that were opened.
+        whose: Account and name of the inbox.
+        is_common: Whether several daemons process it.
+        is_alone: Whether no other daemon may use it now.
+
+    Returns:
+        The open file; the lock lasts as long as it does.
+
+    Raises:
+        AlreadyRunning: Another daemon uses it alone, or it belongs to another account or has another name.
+        SpoolError: It cannot be locked.
+    """
+    if is_common:
+        _introduce(path, tops, whose)
+    held = lock(path, tops, is_shared=not is_alone)
+    try:
+        _require_own(path, _whose(held), whose if is_common else None)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+def _introduce(path: str, tops: Tops, whose: Whose) -> None:
+    """Write down whose it is, if it is nobody's yet: only possible while no daemon uses it."""
+    try:
+        file = lock(path, tops)
+    except AlreadyRunning:
+        return
+    with file:
+        if _whose(file) is None:
+            with disk_errors(path, "write"):
+                file.seek(0)
+                file.truncate()
+                file.write(msgspec.json.encode(whose))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _whose(file: IO[bytes]) -> Whose | None:
+    try:
+        return msgspec.json.decode(os.pread(file.fileno(), _MOST_BYTES, 0), type=Whose)
+    except (OSError, ValueError, msgspec.DecodeError):
+        return None
+
+
+def _require_own(path: str, found: Whose | None, wanted: Whose | None) -> None:
+    if found == wanted:
+        return
+    if found is None:
+        message = f"another imagewatch process uses this folder alone: {printable(path)}"
+        raise AlreadyRunning(message, path=path, hint="stop it, or set shared.inbox for it, too")
+    name = f'the common inbox "{printable(found.inbox)}" of the account "{printable(found.account)}"'
+    hint = "set shared.account and shared.inbox as the other daemons have them, or use another inbox"
+    if wanted is None:
+        hint = "set shared.inbox as the other daemons have it; or, if they will not use it any more, empty this file"
+    raise AlreadyRunning(f"this inbox is {name}: {printable(path)}", path=path, hint=hint)

@@ -1,0 +1,216 @@
+"""Rows that a shared database has lost, written again from what the folders show.
+
+A database that was restored from a backup, or a standby that took over without the newest commits, lacks rows of
+attempts. What proves them is elsewhere: receipts and error files, the witnesses and responses in claim folders, the
+responses in state folders. ``job.lost_jobs`` finds these; here is what the database has, and how the rest is written.
+
+Each change can be made again without harm, and no row is ever deleted.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec.structs import astuple, replace
+
+from imagewatch.journal.ledger import storable
+from imagewatch.journal.row import price_of
+from imagewatch.journal.schema import COLUMNS
+from imagewatch.protocol.values import dump
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from imagewatch.journal.database import Connection, Database
+    from imagewatch.journal.row import JobState, Row
+    from imagewatch.protocol.values import Claim, Decision
+
+HOLDER = "imagewatch db recover"
+"""Who has a job of a common inbox that was written again: no daemon, so that any takes it over."""
+NO_RESULT = ("sent", "busy", "unsent")
+"""Outcomes that are not the end of a job."""
+_NOW = "extract(epoch FROM clock_timestamp())::float8"
+_JOBS = "SELECT id, state, epoch, inbox = current_setting('imagewatch.inbox') AS is_ours FROM jobs"
+_INSERT = (
+    f"INSERT INTO attempts ({', '.join(COLUMNS)}, instance) "  # noqa: S608  our own names
+    f"VALUES ({', '.join('?' * (len(COLUMNS) + 1))}) ON CONFLICT (job, attempt) DO NOTHING"
+)
+_RESULT = (
+    "UPDATE attempts SET outcome = ?, charged = ?, credits = ?, provider = ?, model = ?, got = ?, status = ?, "
+    "code = ?, message = ?, answered_at = ?, transaction_id = ?, new_credit_balance = ?, reserved = 0, request = '' "
+    "WHERE job = ? AND attempt = ? AND outcome IN ('sent', 'unknown')"
+)
+_JOB = (
+    "INSERT INTO jobs (id, folder, stem, claim, state, decision, opened_at, ended_at, holder, epoch, lease_ends_at) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (id) DO NOTHING"
+)
+_FREE_LEASE = (
+    "UPDATE jobs SET holder = ?, epoch = greatest(epoch, ?), lease_ends_at = 0 WHERE id = ? AND state <> 'done'"
+)
+_STATE = (
+    "UPDATE jobs SET state = ?, decision = ?, claim = ?, reserved = 0 WHERE id = ? AND state NOT IN ('done', 'kept')"
+)
+_TAKEN = "SELECT id FROM inbox_jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+_SEEN = f"""
+    SELECT name, host, {_NOW} - seen_at AS seconds FROM imagewatch.instances
+    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
+    AND ended_at IS NULL AND {_NOW} - seen_at < ? ORDER BY name LIMIT 1"""  # noqa: S608
+_RECORDED = """
+    SELECT recorded FROM imagewatch.instances
+    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')"""
+
+
+@dataclass
+class Known:
+    """What the database has of a job.
+
+    Attributes:
+        state: State of its row; empty: there is none.
+        epoch: How often it was taken.
+        is_ours: Whether it is, or may be, a job of this inbox.
+        outcomes: Of its attempts, by number.
+    """
+
+    state: str = ""
+    epoch: int = 0
+    is_ours: bool = True
+    outcomes: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def highest(self) -> int:
+        """Number of its newest attempt; 0 without."""
+        return max(self.outcomes, default=0)
+
+    @property
+    def open_attempt(self) -> int:
+        """Number of its attempt without a result; 0 without."""
+        return max((number for number, outcome in self.outcomes.items() if outcome == "sent"), default=0)
+
+    @property
+    def result(self) -> str:
+        """The outcome that ended it, or an empty string."""
+        return next((outcome for outcome in self.outcomes.values() if outcome not in NO_RESULT), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What is to be written of one job.
+
+    Attributes:
+        claim: Its prompt.
+        rows: Attempts to be inserted, with the daemon of each; empty: this one.
+        result: The result of an attempt that is there.
+        state: State of its row.
+        decision: How it ends.
+        epoch: Of its claim folder.
+        has_row: Whether the row of the job is to be written.
+    """
+
+    claim: Claim
+    rows: Sequence[tuple[Row, str]] = ()
+    result: Row | None = None
+    state: JobState = "open"
+    decision: Decision | None = None
+    epoch: int = 0
+    has_row: bool = True
+
+
+class LostRows:
+    """Writes rows again.
+
+    Args:
+        file: The shared database.
+    """
+
+    def __init__(self, file: Database) -> None:
+        self._file = file
+
+    def known(self) -> dict[str, Known]:
+        """Return what the database has of each job of the account.
+
+        Raises:
+            SpoolError: It cannot be used.
+        """
+        with self._file.using() as connection:
+            jobs = connection.execute(_JOBS).fetchall()
+            attempts = connection.execute("SELECT job, attempt, outcome FROM attempts ORDER BY attempt").fetchall()
+        found = {row["id"]: Known(row["state"], row["epoch"], row["is_ours"]) for row in jobs}
+        for row in attempts:
+            found.setdefault(row["job"], Known()).outcomes[row["attempt"]] = row["outcome"]
+        return found
+
+    def running(self, alive_seconds: float) -> tuple[str, str, float] | None:
+        """Return name and host of a daemon of the inbox that runs, and how many seconds ago it was seen; None: none.
+
+        Args:
+            alive_seconds: How long after it was seen last it counts as running.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_SEEN, (alive_seconds,)).fetchone()
+        return None if row is None else (row["name"], row["host"], max(row["seconds"], 0.0))
+
+    def recorded(self) -> int:
+        """Return how many attempts of this daemon the database has.
+
+        Raises:
+            SpoolError: It cannot be used.
+        """
+        with self._file.using() as connection:
+            row = connection.execute(_RECORDED).fetchone()
+        return int(row["recorded"]) if row else 0
+
+    def write(self, lost: Lost) -> str:
+        """Write what is lost of one job; return why it cannot be written now, or an empty string.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        return self._file.change(lambda connection: self._write(connection, lost), locked=True)
+
+    def _write(self, connection: Connection, lost: Lost) -> str:
+        claim, state = lost.claim, lost.state
+        if lost.has_row and state in {"open", "published"}:
+            names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+            taken = connection.execute(_TAKEN, names).fetchone()
+            if taken is not None and taken["id"] != claim.job:
+                return f"a newer job of this name is not over ({taken['id']}); run the command again when it is"
+        for row, instance in lost.rows:
+            connection.execute(_INSERT, (*storable(astuple(_counted(row))), instance or self._instance(connection)))
+        if (one := lost.result) is not None:
+            found = (one.outcome, one.charged, one.credits, one.provider, one.model, one.got, one.status, one.code)
+            found += (one.message, one.answered_at, one.transaction_id, one.new_credit_balance)  # type: ignore[assignment]
+            connection.execute(_RESULT, storable((*found, one.job, one.attempt)))
+        if lost.has_row:
+            self._write_job(connection, lost)
+        return ""
+
+    def _write_job(self, connection: Connection, lost: Lost) -> None:
+        claim, state = lost.claim, lost.state
+        decision = dump(lost.decision).decode() if lost.decision else ""
+        is_over, holder = state == "done", self._holder(connection)
+        values = claim.job, os.fsencode(claim.folder), os.fsencode(claim.stem), "" if is_over else dump(claim).decode()
+        ended = connection.execute(f"SELECT {_NOW} AS now").fetchone()["now"] if is_over else None
+        made = connection.execute(_JOB, (*values, state, decision, claim.at, ended, holder, lost.epoch)).rowcount
+        if not made:
+            if state != "open":
+                connection.execute(_STATE, (state, decision, values[3], claim.job))
+            connection.execute(_FREE_LEASE, (holder, lost.epoch, claim.job))
+
+    def _holder(self, connection: Connection) -> str:
+        return HOLDER if self._file.is_common else self._instance(connection)
+
+    @staticmethod
+    def _instance(connection: Connection) -> str:
+        return str(connection.execute("SELECT current_setting('imagewatch.instance') AS name").fetchone()["name"])
+
+
+def _counted(row: Row) -> Row:
+    asked = dict(zip(("asked_provider", "price_kind"), price_of(row.fields, row.provider), strict=True))
+    texts = {name: printable(getattr(row, name)) for name in ("provider", "model", "code", "message")}
+    return replace(row, **asked, **texts, counted_at=row.sent_at)

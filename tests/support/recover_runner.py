@@ -1,0 +1,26 @@
+"""A daemon of a common inbox that is killed at a step of its next job: before it spends, decides or archives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from imagewatch.commands.main import main
+from imagewatch.job.delivery import Delivery
+from imagewatch.journal.journal import Journal
+
+STEPS = {"spend": Journal, "decide": Journal, "keep": Delivery}
+
+
+def die(*_arguments: object, **_options: object) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit
+
+
+if __name__ == "__main__":
+    step = sys.argv[1] if len(sys.argv) > 1 else "spend"
+    setattr(STEPS[step], step, die)
+    sys.argv[1:] = ["run"]
+    main()
