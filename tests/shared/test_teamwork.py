@@ -110,6 +110,7 @@ def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_im
     for number in range(12):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     assert sandbox.wait_for_requests(4, 20)
+    assert not sandbox.wait_for_requests(5, 1), "no daemon sends more than limits.concurrency at the same time"
     one.signal(signal.SIGTERM)
     until(lambda: team.leader() == "two", LEASE / 2)
     sandbox.release()
