@@ -166,9 +166,12 @@ class FolderProbes:
         files = () if folder is None else (folder,)
         command = [sys.executable, "-I", "-S", "-c", _LOCK_TRY, name]
         with disk_errors(path, "test the lock"):
-            done = subprocess.run(  # noqa: S603  our own text
-                command, pass_fds=files, capture_output=True, timeout=_LOCK_SECONDS, check=False
-            )
+            try:
+                done = subprocess.run(  # noqa: S603  our own text
+                    command, pass_fds=files, capture_output=True, timeout=_LOCK_SECONDS, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path) from None
         return done.stdout.decode("ascii", "replace")
 
     def _inode(self, path: str) -> int:
