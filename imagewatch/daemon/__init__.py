@@ -15,6 +15,7 @@ The modules, in the order in which they are read::
     results         what follows from the result of a job
     recovery        what an earlier process left behind
     admission       holds: when they begin and end, and whether the first byte of a request may leave
+    held            which holds there are, for those who ask and for the log
     account         holds of a shared account, as this daemon applies them
     team            one inbox that several daemons process: leads or not, offers and takes
     stores          local disk and shared database: which failed, and how each is tested

@@ -20,14 +20,14 @@ import structlog
 from imagewatch.daemon.account import SharedHolds
 from imagewatch.daemon.announcements import Announcements
 from imagewatch.daemon.burst import BurstGuard
+from imagewatch.daemon.held import HoldsThereAre, log_begin, log_end
 from imagewatch.daemon.stores import Stores
 from imagewatch.protocol.reasons import KINDS, STORES, Others, Reason, failure
 from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
-from imagewatch.system.text import utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config.schema import Limits
     from imagewatch.daemon.jobs import Job
@@ -51,7 +51,7 @@ class OnChange(Protocol):
         """Note a change; ``at_once``: it is rare and important."""
 
 
-class Admission:
+class Admission(HoldsThereAre):
     """Lets requests be sent, or puts the queue on hold.
 
     Args:
@@ -380,8 +380,8 @@ class Admission:
             self._on_change(at_once=not all(hold.brief for hold in (*begun, *ended)))
         if begun or ended or self.announcements.is_due():
             self._remember()
-        _log_begin([hold for hold in begun if not hold.brief], self._now(), self.ends)
-        _log_end(ended)
+        log_begin([hold for hold in begun if not hold.brief], self._now(), self.ends)
+        log_end(ended)
 
     def _begin(self, reason: Reason) -> None:
         kind = reason.kind
@@ -404,7 +404,7 @@ class Admission:
         self._on_change(at_once=any(not hold.brief for hold in holds))
         self.wait_for_first_bytes()
         self._remember()
-        _log_begin(holds, self._now(), self.ends)
+        log_begin(holds, self._now(), self.ends)
 
     def _with_step(self, reason: Reason) -> Reason:
         """Return a reason with its next step, which for the key depends on where the key comes from."""
@@ -416,7 +416,7 @@ class Admission:
             self._remember()
         self._ended |= {hold.kind: self._now() for hold in ended}
         self.stores.ended(hold.kind for hold in ended)
-        _log_end(ended)
+        log_end(ended)
 
     def _remember(self) -> None:
         """Write the refusals for the next start, so that not every start makes a prompt fail with the same one.
@@ -434,51 +434,3 @@ class Admission:
             self.announcements.written(events)
         except SpoolError:  # disk or database has a hold of its own
             self.announcements.unwritable()
-
-    # What holds there are
-
-    def ends(self, hold: Hold) -> str | None:
-        """Return when a hold ends or the next request is tried, as a UTC time; None if only a person ends it."""
-        if not math.isfinite(hold.until):
-            return None
-        return utc(self._clock() + hold.until - self._now()).isoformat().replace("+00:00", "Z")
-
-    def holds(self) -> list[Hold]:
-        """Return all holds, also brief ones and those of single providers."""
-        return self._holds.all()
-
-    def first(self) -> Hold | None:
-        """Return the hold of every request that lasts longest, brief ones aside, or None."""
-        return self._holds.first()
-
-    def shown(self) -> Hold | None:
-        """Return the hold that is named where there is room for one, or None."""
-        return self._holds.first() or self._holds.first_cap()
-
-    def waits(self) -> bool:
-        """Return whether a hold, brief ones aside, forbids any request now."""
-        hold = self.first()
-        return hold is not None and self._now() < hold.until
-
-
-def _log_begin(holds: Iterable[Hold], now: float, ends: Callable[[Hold], str | None]) -> None:
-    for hold in holds:
-        fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
-        if hold.folder:
-            fields["folder"] = hold.folder
-        elif hold.provider:
-            fields["provider"] = hold.provider
-        if math.isfinite(hold.until):
-            fields |= {"seconds": round(hold.until - now, 1), "next_try_at": ends(hold)}
-        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
-
-
-def _log_end(holds: Iterable[Hold]) -> None:
-    for hold in holds:
-        fields: dict[str, object] = {"kind": hold.kind}
-        if hold.folder:
-            fields["folder"] = hold.folder
-        elif hold.provider:
-            fields["provider"] = hold.provider
-        if not hold.brief:
-            _log.info("released", **fields)

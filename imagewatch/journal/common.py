@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _ME = "current_setting('imagewatch.instance')"
+_INBOX = "current_setting('imagewatch.inbox')"
 _LEAD = f"""
     INSERT INTO leaders AS l (lease_ends_at) VALUES ({_NOW} + ?)
     ON CONFLICT (account, inbox) DO UPDATE SET holder = excluded.holder, lease_ends_at = excluded.lease_ends_at
@@ -67,7 +68,7 @@ _NAMES = "SELECT folder, stem, holder FROM inbox_jobs WHERE state IN ('open', 'd
 _EPOCHS = "SELECT id, epoch FROM own_jobs WHERE state NOT IN ('done', 'kept')"
 _SLOTS = f"""
     SELECT coalesce(sum(slots), 0) AS slots FROM instances
-    WHERE inbox = current_setting('imagewatch.inbox') AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
+    WHERE inbox = {_INBOX} AND ended_at IS NULL AND seen_at > {_NOW} - ?"""  # noqa: S608
 _SENT_BY = """
     SELECT a.instance, a.answer_on, a.sent_at, i.forgotten_at IS NOT NULL AS is_forgotten FROM attempts AS a
     LEFT JOIN instances AS i ON i.name = a.answer_on
@@ -88,7 +89,7 @@ _REOPEN_KEPT = f"""
     WHERE id = ? AND state = 'kept' RETURNING epoch"""  # noqa: S608
 _MEMBER = f"""
     SELECT forgotten_at IS NOT NULL AS is_gone, ended_at IS NULL AND seen_at > {_NOW} - ? AS is_running
-    FROM imagewatch.instances WHERE account = current_setting('imagewatch.account') AND name = ?"""  # noqa: S608
+    FROM instances WHERE name = ?"""  # noqa: S608
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""

@@ -259,10 +259,9 @@ class Journal(JobRows):
             if claim is not None:
                 self._put(connection, claim)
             self._require_free(connection, row)
-            if (reason := self._refusal(connection, row, asked, skip_repeated=skip_repeated)) is not None:
-                return reason
-            if (reason := self._held_account(connection, row.job, probes=True)) is not None:
-                return reason
+            refused = self._refusal(connection, row, asked, skip_repeated=skip_repeated)
+            if refused := refused or self._held_account(connection, row.job, probes=True):
+                return refused
             cost = self.budget(connection).reservation(asked, folder_of(row.source))
             self._write(connection, replace(row, outcome="sent", charged="unknown", reserved=cost))
             connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (row.job,))

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from imagewatch.journal.events import Event
 
 _MANUAL = "manual"
-_ASK_OTHERS = """
-    INSERT INTO imagewatch.requests (instance, kind, asked_at)
-    SELECT name, 'release', ? FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
-    AND name <> current_setting('imagewatch.instance') AND forgotten_at IS NULL"""
+_ME, _INBOX = "current_setting('imagewatch.instance')", "current_setting('imagewatch.inbox')"
+_ASK_OTHERS = f"""
+    INSERT INTO requests (instance, kind, asked_at)
+    SELECT name, 'release', ? FROM instances WHERE inbox = {_INBOX} AND name <> {_ME} AND forgotten_at IS NULL"""  # noqa: S608
 _LONGEST = 500
 
 

@@ -643,7 +643,7 @@ def test_the_begin_and_the_end_of_a_hold_are_written_once_with_the_hold(make: Ca
     while event := journal.events.due("url"):
         names.append((event.name, page_of(event)))
         journal.events.delivered(event)
-    assert names == [("held", {"kind": "credits"}), ("released", {"kind": "credits"})]
+    assert names == [("held", {"kind": "key"}), ("released", {"kind": "key"})]
 
 
 def test_an_event_of_a_hold_that_cannot_be_written_is_due_from_memory_and_not_again_from_the_journal(

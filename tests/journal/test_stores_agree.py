@@ -74,10 +74,16 @@ def plain(value: Any) -> Any:
     return ("huge", value > 0) if isinstance(value, float) and abs(value) >= 1e300 else value
 
 
+def without_instance(job: dict[str, Any]) -> dict[str, Any]:
+    """A job without the name of its daemon, which only a shared database has."""
+    return {name: value for name, value in job.items() if name != "instance"}
+
+
 def answers(journal: Journal, rows: list[Row]) -> list[Any]:
     """What commands and the daemon ask of a ledger."""
     ledger = journal.ledger
-    found: list[Any] = [ledger.rows(), ledger.jobs(), ledger.jobs(NOON, 2), ledger.totals(NOON), ledger.redelivered()]
+    jobs = [[without_instance(job) for job in found] for found in (ledger.jobs(), ledger.jobs(NOON, 2))]
+    found: list[Any] = [ledger.rows(), *jobs, ledger.totals(NOON), ledger.redelivered()]
     found += [[ledger.job(job) for job in ("a", "B", "none")], ledger.last_redelivered(2), journal.unfinished()]
     found += [ledger.finished("x", row.source, row.source_size, row.source_mtime_ns) for row in rows if row.sent_at]
     found += [ledger.was_placed(at) for at in (0, 10**18, 10**18 + 1, 2**64)]

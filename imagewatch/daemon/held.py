@@ -1,0 +1,80 @@
+"""Which holds there are, for those who ask; and what the log says when they begin and end."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch.protocol.reasons import STORES
+from imagewatch.system.text import utc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from imagewatch.journal.holds import Hold, Holds
+
+_log = structlog.get_logger()
+
+
+class HoldsThereAre:
+    """Answers questions about holds."""
+
+    _holds: Holds
+    _clock: Callable[[], float]
+    _now: Callable[[], float]
+
+    def ends(self, hold: Hold) -> str | None:
+        """Return when a hold ends or the next request is tried, as a UTC time; None if only a person ends it."""
+        if not math.isfinite(hold.until):
+            return None
+        return utc(self._clock() + hold.until - self._now()).isoformat().replace("+00:00", "Z")
+
+    def holds(self) -> list[Hold]:
+        """Return all holds, also brief ones and those of single providers."""
+        return self._holds.all()
+
+    def first(self) -> Hold | None:
+        """Return the hold of every request that lasts longest, brief ones aside, or None."""
+        return self._holds.first()
+
+    def shown(self) -> Hold | None:
+        """Return the hold that is named where there is room for one, or None."""
+        return self._holds.first() or self._holds.first_cap()
+
+    def waits(self) -> bool:
+        """Return whether a hold, brief ones aside, forbids any request now."""
+        hold = self.first()
+        return hold is not None and self._now() < hold.until
+
+
+def log_begin(holds: Iterable[Hold], now: float, ends: Callable[[Hold], str | None]) -> None:
+    """Log that holds have begun.
+
+    Args:
+        holds: The holds.
+        now: Monotonic time, seconds.
+        ends: Returns when a hold ends, as a UTC time.
+    """
+    for hold in holds:
+        fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
+        if hold.folder:
+            fields["folder"] = hold.folder
+        elif hold.provider:
+            fields["provider"] = hold.provider
+        if math.isfinite(hold.until):
+            fields |= {"seconds": round(hold.until - now, 1), "next_try_at": ends(hold)}
+        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
+
+
+def log_end(holds: Iterable[Hold]) -> None:
+    """Log that holds have ended, except for brief ones."""
+    for hold in holds:
+        fields: dict[str, object] = {"kind": hold.kind}
+        if hold.folder:
+            fields["folder"] = hold.folder
+        elif hold.provider:
+            fields["provider"] = hold.provider
+        if not hold.brief:
+            _log.info("released", **fields)
