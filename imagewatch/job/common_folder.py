@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import IO
 
     from imagewatch.system.disk import Disk
-    from imagewatch.system.folders import Tops
 
 REFUSED = {"cifs", "smb3", "smbfs"}
 """File systems on which a common inbox was not tried."""
@@ -179,12 +178,12 @@ class FolderProbes:
             return self._disk.tops.lstat(path).st_ino
 
 
-def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alone: bool) -> IO[bytes]:
+def claim_inbox(path: str, disk: Disk, whose: Whose, *, is_common: bool, is_alone: bool) -> IO[bytes]:
     """Lock an inbox, and make sure that it is not another one's: the file of the lock says whose it is.
 
     Args:
         path: The file.
-        tops: The folders that were opened.
+        disk: The disk.
         whose: Account and name of the inbox.
         is_common: Whether several daemons process it.
         is_alone: Whether no other daemon may use it now.
@@ -197,8 +196,8 @@ def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alon
         SpoolError: It cannot be locked.
     """
     if is_common:
-        _introduce(path, tops, whose)
-    held = lock(path, tops, is_shared=not is_alone)
+        _introduce(path, disk, whose)
+    held = lock(path, disk.tops, is_shared=not is_alone)
     try:
         _require_own(path, _whose(held), whose if is_common else None)
     except BaseException:
@@ -207,10 +206,10 @@ def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alon
     return held
 
 
-def _introduce(path: str, tops: Tops, whose: Whose) -> None:
+def _introduce(path: str, disk: Disk, whose: Whose) -> None:
     """Write down whose it is, if it is nobody's yet: only possible while no daemon uses it."""
     try:
-        file = lock(path, tops)
+        file = lock(path, disk.tops)
     except AlreadyRunning:
         return
     with file:
@@ -219,8 +218,7 @@ def _introduce(path: str, tops: Tops, whose: Whose) -> None:
                 file.seek(0)
                 file.truncate()
                 file.write(msgspec.json.encode(whose))
-                file.flush()
-                os.fsync(file.fileno())
+            disk.sync(file, path)
 
 
 def _whose(file: IO[bytes]) -> Whose | None:

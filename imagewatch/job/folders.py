@@ -188,7 +188,7 @@ class JobFolders:
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
             whose = Whose(*self.journal.common.names_of_inbox)
             is_common = self.journal.common.is_on
-            held = claim_inbox(path, self.tops, whose, is_common=is_common, is_alone=self._is_alone)
+            held = claim_inbox(path, self.disk, whose, is_common=is_common, is_alone=self._is_alone)
             if self._claims_lock is not None:
                 self._claims_lock.close()
             self._claims_lock = held

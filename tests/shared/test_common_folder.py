@@ -12,7 +12,6 @@ from support.daemon import Folders, LoggedDaemon, Running
 from imagewatch.job.common_folder import FolderProbes, Whose, claim_inbox, require_tried
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import AlreadyRunning, ConfigError, SpoolError
-from imagewatch.system.folders import Tops
 from shared.test_common_inbox import team  # noqa: F401  a fixture
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def test_smb_is_refused(kind: str) -> None:
 
 
 def claimed(path: Path, whose: Whose, *, is_common: bool = True) -> IO[bytes]:
-    return claim_inbox(str(path / "lock"), Tops(), whose, is_common=is_common, is_alone=not is_common)
+    return claim_inbox(str(path / "lock"), Disk(), whose, is_common=is_common, is_alone=not is_common)
 
 
 def test_daemons_of_one_inbox_share_its_lock_and_others_are_refused(tmp_path: Path) -> None:
