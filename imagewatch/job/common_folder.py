@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 REFUSED = {"cifs", "smb3", "smbfs"}
 """File systems on which a common inbox was not tried."""
 PROBE = ".iw-probe."
+PROBE_INNER = "file"
+"""Name of a test file in a folder for tests."""
 _HINT = (
     "put the inbox on a file system that can do that (NFS 4, a cluster file system, a local disk); or let each host "
     "have an inbox of its own: remove shared.inbox"
@@ -96,7 +98,7 @@ class FolderProbes:
             self._try_locks(other)
             self._disk.sync_folder(self._folder)
         finally:
-            for path in (os.path.join(f"{inner}.2", "file"), one, other):
+            for path in (os.path.join(f"{inner}.2", PROBE_INNER), one, other):
                 self._disk.unlink(path)
             for path in (inner, f"{inner}.2"):
                 self._disk.remove_folder(path)
@@ -140,7 +142,7 @@ class FolderProbes:
         with disk_errors(inner, "rename the folder"):
             self._disk.rename(inner, f"{inner}.2")
         try:
-            self._disk.rename(one, os.path.join(inner, "file"))
+            self._disk.rename(one, os.path.join(inner, PROBE_INNER))
         except FileNotFoundError:
             pass
         except SpoolError as error:
@@ -149,7 +151,7 @@ class FolderProbes:
         else:
             self._fail("refuse to put a file into a folder that was renamed")
         with disk_errors(inner, "rename"):
-            self._disk.rename(one, os.path.join(f"{inner}.2", "file"))
+            self._disk.rename(one, os.path.join(f"{inner}.2", PROBE_INNER))
 
     def _try_locks(self, path: str) -> None:
         """Lock a file, and try it in another process: on a network file system one process may not notice."""

@@ -161,3 +161,17 @@ def test_an_inbox_with_jobs_of_a_daemon_that_had_it_alone_is_refused(team: Calla
     refused = Running(one, "run")
     assert refused.wait() == 74, refused.output
     assert "1 jobs" in refused.output
+
+
+def test_what_another_daemon_tries_out_now_is_not_removed_and_what_was_left_is(
+    team: Callable[..., Folders], run: Callable[..., LoggedDaemon]
+) -> None:
+    one = team("one")
+    assert run(one).stop() == 0
+    claims = one.inbox / ".imagewatch"
+    for name in ("old", "new"):
+        (claims / f".iw-probe.{name}.d").mkdir()
+        (claims / f".iw-probe.{name}.d" / "file").touch()
+    os.utime(claims / ".iw-probe.old.d", (1, 1))
+    run(one)
+    assert [path.name for path in claims.glob(".iw-probe.*")] == [".iw-probe.new.d"]
