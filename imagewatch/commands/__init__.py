@@ -34,6 +34,7 @@ The modules, in reading order::
     interrupts      signals, obeyed where submit can report what it has done
     check           what the daemon would do with each file of the inbox
     check_settings  what check prints of configuration, folders, caps, key and account
+    check_shared    whether two hosts can process one inbox together
     check_notify    what check prints of notifications
     status          what the daemon is doing
     status_all      what all daemons of a shared account are doing

@@ -14,12 +14,16 @@ The modules, in the order in which they are read::
     completion   how a job ends: its result, its decision and its result file
     rows         the rows of a job's attempts
     receipts     the text of receipt and error file
+    result_files receipts and error files read back
+    lost_jobs    jobs that a shared database has lost, found in the folders
     redelivery   prompts that a sync tool delivers again
     outcome      the result of running a job, for the daemon
     record       the job record: the row of a job in the journal, and the files of its responses
     spool        Spool: the files of all jobs; which jobs are unfinished
     folders      all folders of one daemon: opened, locked, tested
     claims       the folder of claimed files, known by its inode
+    common_folder what a common inbox needs of its file system, tried out; whose inbox it is
+    two_hosts    two hosts that try out a common inbox together
     handover     what daemons of one inbox leave for each other in claim folders
     originals    dropped files: out of the inbox into a claim, and back
     delivery     results and originals into outbox, errors and archive

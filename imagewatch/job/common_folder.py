@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from typing import IO
 
     from imagewatch.system.disk import Disk
-    from imagewatch.system.folders import Tops
 
 REFUSED = {"cifs", "smb3", "smbfs"}
 """File systems on which a common inbox was not tried."""
 PROBE = ".iw-probe."
+PROBE_INNER = "file"
+"""Name of a test file in a folder for tests."""
 _HINT = (
     "put the inbox on a file system that can do that (NFS 4, a cluster file system, a local disk); or let each host "
     "have an inbox of its own: remove shared.inbox"
@@ -97,7 +98,7 @@ class FolderProbes:
             self._try_locks(other)
             self._disk.sync_folder(self._folder)
         finally:
-            for path in (os.path.join(f"{inner}.2", "file"), one, other):
+            for path in (os.path.join(f"{inner}.2", PROBE_INNER), one, other):
                 self._disk.unlink(path)
             for path in (inner, f"{inner}.2"):
                 self._disk.remove_folder(path)
@@ -141,7 +142,7 @@ class FolderProbes:
         with disk_errors(inner, "rename the folder"):
             self._disk.rename(inner, f"{inner}.2")
         try:
-            self._disk.rename(one, os.path.join(inner, "file"))
+            self._disk.rename(one, os.path.join(inner, PROBE_INNER))
         except FileNotFoundError:
             pass
         except SpoolError as error:
@@ -150,7 +151,7 @@ class FolderProbes:
         else:
             self._fail("refuse to put a file into a folder that was renamed")
         with disk_errors(inner, "rename"):
-            self._disk.rename(one, os.path.join(f"{inner}.2", "file"))
+            self._disk.rename(one, os.path.join(f"{inner}.2", PROBE_INNER))
 
     def _try_locks(self, path: str) -> None:
         """Lock a file, and try it in another process: on a network file system one process may not notice."""
@@ -166,9 +167,12 @@ class FolderProbes:
         files = () if folder is None else (folder,)
         command = [sys.executable, "-I", "-S", "-c", _LOCK_TRY, name]
         with disk_errors(path, "test the lock"):
-            done = subprocess.run(  # noqa: S603  our own text
-                command, pass_fds=files, capture_output=True, timeout=_LOCK_SECONDS, check=False
-            )
+            try:
+                done = subprocess.run(  # noqa: S603  our own text
+                    command, pass_fds=files, capture_output=True, timeout=_LOCK_SECONDS, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path) from None
         return done.stdout.decode("ascii", "replace")
 
     def _inode(self, path: str) -> int:
@@ -176,12 +180,12 @@ class FolderProbes:
             return self._disk.tops.lstat(path).st_ino
 
 
-def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alone: bool) -> IO[bytes]:
+def claim_inbox(path: str, disk: Disk, whose: Whose, *, is_common: bool, is_alone: bool) -> IO[bytes]:
     """Lock an inbox, and make sure that it is not another one's: the file of the lock says whose it is.
 
     Args:
         path: The file.
-        tops: The folders that were opened.
+        disk: The disk.
         whose: Account and name of the inbox.
         is_common: Whether several daemons process it.
         is_alone: Whether no other daemon may use it now.
@@ -194,8 +198,8 @@ def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alon
         SpoolError: It cannot be locked.
     """
     if is_common:
-        _introduce(path, tops, whose)
-    held = lock(path, tops, is_shared=not is_alone)
+        _introduce(path, disk, whose)
+    held = lock(path, disk.tops, is_shared=not is_alone)
     try:
         _require_own(path, _whose(held), whose if is_common else None)
     except BaseException:
@@ -204,10 +208,10 @@ def claim_inbox(path: str, tops: Tops, whose: Whose, *, is_common: bool, is_alon
     return held
 
 
-def _introduce(path: str, tops: Tops, whose: Whose) -> None:
+def _introduce(path: str, disk: Disk, whose: Whose) -> None:
     """Write down whose it is, if it is nobody's yet: only possible while no daemon uses it."""
     try:
-        file = lock(path, tops)
+        file = lock(path, disk.tops)
     except AlreadyRunning:
         return
     with file:
@@ -216,8 +220,7 @@ def _introduce(path: str, tops: Tops, whose: Whose) -> None:
                 file.seek(0)
                 file.truncate()
                 file.write(msgspec.json.encode(whose))
-                file.flush()
-                os.fsync(file.fileno())
+            disk.sync(file, path)
 
 
 def _whose(file: IO[bytes]) -> Whose | None:

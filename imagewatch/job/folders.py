@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import stat
@@ -13,7 +14,7 @@ from imagewatch.config.locate import others_above
 from imagewatch.config.values import overlaps
 from imagewatch.inbox.claimed import JOB
 from imagewatch.job.claims import Claims, NotOursError
-from imagewatch.job.common_folder import FolderProbes, Whose, claim_inbox, require_tried
+from imagewatch.job.common_folder import PROBE_INNER, FolderProbes, Whose, claim_inbox, require_tried
 from imagewatch.job.record import Record
 from imagewatch.protocol.names import ANSWERS
 from imagewatch.system.disk_errors import closing, disk_errors
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _PROBE = ".iw-probe"
 _LOCK = "lock"
 _SAME_USER = "run all daemons of a common inbox as the same user: the same number (uid) on all hosts"
+_OLD_SECONDS = 3600.0
+"""How old a test file is in a common inbox before another daemon removes it, seconds."""
 _LEAST_FILES = 1000
 """Files that must still be possible, whatever space there is: a job makes some ten, SQLite two."""
 
@@ -188,7 +191,7 @@ class JobFolders:
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
             whose = Whose(*self.journal.common.names_of_inbox)
             is_common = self.journal.common.is_on
-            held = claim_inbox(path, self.tops, whose, is_common=is_common, is_alone=self._is_alone)
+            held = claim_inbox(path, self.disk, whose, is_common=is_common, is_alone=self._is_alone)
             if self._claims_lock is not None:
                 self._claims_lock.close()
             self._claims_lock = held
@@ -320,7 +323,8 @@ class JobFolders:
         return f"{_PROBE}.{self.new_job()}"
 
     def _remove_probes(self) -> None:
-        """Remove the test files of a process that was killed."""
+        """Remove the test files of a process that was killed; in a common inbox another daemon may be testing now."""
+        newest = self.journal.clock() - _OLD_SECONDS if self.journal.common.is_on else math.inf
         for folder in (*self._all(), *([self.claims] if self._claims.is_open() else [])):
             with disk_errors(folder, "list the folder"):
                 names = [name for name in self.tops.names(folder) if name.startswith(_PROBE)]
@@ -328,8 +332,13 @@ class JobFolders:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(OSError, SpoolError):
                     status = self.tops.lstat(path)
-                    if status.st_uid == os.geteuid():
-                        (self.disk.remove_folder if stat.S_ISDIR(status.st_mode) else self.disk.unlink)(path)
+                    if status.st_uid != os.geteuid() or status.st_mtime > newest:
+                        continue
+                    if stat.S_ISDIR(status.st_mode):
+                        self.disk.unlink(os.path.join(path, PROBE_INNER))
+                        self.disk.remove_folder(path)
+                    else:
+                        self.disk.unlink(path)
 
     def require_room(self, least: int) -> None:
         """Make sure that a paid response can be saved.

@@ -14,6 +14,7 @@ a claim folder of an inbox of its own              it may have been sent: an unk
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -119,8 +120,15 @@ class LostJobs:
             mine.epoch = max(mine.epoch, int(match[2] or 0))
         with disk_errors(self._spool.answers, "list the folder"):
             for match in filter(None, map(_ANSWER.fullmatch, self._spool.tops.names(self._spool.answers))):
-                seen.setdefault(match[1], _Seen()).responses.add(int(match[2]))
+                if self._has_content(match[0]):  # else it was opened, and perhaps nothing was sent
+                    seen.setdefault(match[1], _Seen()).responses.add(int(match[2]))
         return seen
+
+    def _has_content(self, name: str) -> bool:
+        try:
+            return self._spool.tops.lstat(os.path.join(self._spool.answers, name)).st_size > 0
+        except OSError:
+            return False
 
     # With a receipt or an error file
 

@@ -34,6 +34,7 @@ _SLOW_SECONDS = 10.0
 """A rename that is seen later than this delays a takeover; the lease should be longer."""
 _MOST_SKEW = 5.0
 _FILES = 50
+_PACE_SECONDS = 0.01
 _TURNS = 3
 _MOST_BYTES = 4096
 
@@ -105,13 +106,25 @@ class TwoHosts:
             for leader in sorted((self._me, self._other)):  # each has both parts
                 yield from self._fence(leader, acts=leader == self._me)
                 yield from self._locks(leader, acts=leader == self._me)
-            self._sync("end")
+            self._part()
         except _NoAnswerError as error:
             yield Result("bad", "other host", f"it has not done its part of the step {error} in time")
         finally:
             for path in self._made:
                 self._disk.unlink(path)
             self._disk.remove_folder(self._folder)
+
+    def _part(self) -> None:
+        """End; the leader removes what is left when the other one needs nothing of it any more."""
+        self._sync("end")
+        if not self._leads:
+            self._say("bye")
+            self._made.clear()
+            return
+        with contextlib.suppress(_NoAnswerError):
+            self._until("bye", lambda: self._disk.tops.exists(self._path(f"bye.{self._other}")))
+        with disk_errors(self._folder, "list the folder"):
+            self._made += [self._path(name) for name in self._disk.tops.names(self._folder)]
 
     # Talking
 
@@ -173,8 +186,13 @@ class TwoHosts:
     # The steps
 
     def _new_files(self) -> Iterator[Result]:
+        """Create files from both ends, so that each host comes first at some of them."""
         self._sync("files")
-        won = [number for number in range(_FILES) if self._create(number)]
+        won = []
+        for number in range(_FILES) if self._leads else reversed(range(_FILES)):
+            if self._create(number):
+                won.append(number)
+            self._wait(_PACE_SECONDS)
         theirs = self._sync("created", _Said(won=won)).won
         both, none = set(won) & set(theirs), set(range(_FILES)) - set(won) - set(theirs)
         if both or none:
@@ -202,7 +220,6 @@ class TwoHosts:
         if self._leads:
             self._disk.create(names[0]).close()
         self._sync("turns")
-        self._until("turns", lambda: self._disk.tops.exists(names[0]))
         slowest = 0.0
         for number in range(0 if self._leads else 1, 2 * _TURNS, 2):
             began = time.monotonic()

@@ -26,6 +26,7 @@ The modules, in the order in which they are read::
     postgres the shared database, in the place of SQLite's file
     forgetting what becomes of the jobs of a daemon that does not come back
     moving   moves the journal of a stopped daemon between its state folder and a shared database
+    lost_rows  what a shared database has lost, written again
     common   one inbox that several daemons process: who scans it, who has which job
     counted  how many attempts a daemon has recorded in a shared database
     earlier  jobs that an earlier version has left in files

@@ -46,16 +46,16 @@ _NOTIFY = """
         current_setting('imagewatch.account') || chr(10) || current_setting('imagewatch.inbox'))"""
 _TAKE = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
-    WHERE id IN (
+    WHERE id = ANY(ARRAY(
         SELECT id FROM inbox_jobs WHERE holder = '' AND state = 'open' ORDER BY opened_at, id LIMIT ?
         FOR UPDATE SKIP LOCKED
-    ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
+    )) RETURNING id, claim, epoch, opened_at"""  # noqa: S608  with IN, the server may ask more than once, and take more
 _TAKE_OVER = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
-    WHERE id IN (
+    WHERE id = ANY(ARRAY(
         SELECT id FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
         AND NOT (holder = {_ME} AND id = ANY(?)) ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
-    ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
+    )) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
 _ANY = "SELECT 1 FROM inbox_jobs WHERE holder = '' AND state = 'open' LIMIT 1"
 _ANY_OLD = f"""
     SELECT 1 FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')

@@ -32,8 +32,9 @@ HOLDER = "imagewatch db recover"
 """Who has a job of a common inbox that was written again: no daemon, so that any takes it over."""
 NO_RESULT = ("sent", "busy", "unsent")
 """Outcomes that are not the end of a job."""
+_INBOX, _ME = "current_setting('imagewatch.inbox')", "current_setting('imagewatch.instance')"
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
-_JOBS = "SELECT id, state, epoch, inbox = current_setting('imagewatch.inbox') AS is_ours FROM jobs"
+_JOBS = f"SELECT id, state, epoch, inbox = {_INBOX} AS is_ours FROM jobs"  # noqa: S608
 _INSERT = (
     f"INSERT INTO attempts ({', '.join(COLUMNS)}, instance) "  # noqa: S608  our own names
     f"VALUES ({', '.join('?' * (len(COLUMNS) + 1))}) ON CONFLICT (job, attempt) DO NOTHING"
@@ -55,12 +56,9 @@ _STATE = (
 )
 _TAKEN = "SELECT id FROM inbox_jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
 _SEEN = f"""
-    SELECT name, host, {_NOW} - seen_at AS seconds FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account') AND inbox = current_setting('imagewatch.inbox')
+    SELECT name, host, {_NOW} - seen_at AS seconds FROM instances WHERE inbox = {_INBOX}
     AND ended_at IS NULL AND {_NOW} - seen_at < ? ORDER BY name LIMIT 1"""  # noqa: S608
-_RECORDED = """
-    SELECT recorded FROM imagewatch.instances
-    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')"""
+_RECORDED = f"SELECT recorded FROM instances WHERE name = {_ME}"  # noqa: S608
 
 
 @dataclass
@@ -207,7 +205,7 @@ class LostRows:
 
     @staticmethod
     def _instance(connection: Connection) -> str:
-        return str(connection.execute("SELECT current_setting('imagewatch.instance') AS name").fetchone()["name"])
+        return str(connection.execute(f"SELECT {_ME} AS name").fetchone()["name"])
 
 
 def _counted(row: Row) -> Row:

@@ -55,11 +55,14 @@ def test_the_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
 
 def test_every_command_on_the_page_exists_with_its_options() -> None:
     found = set(re.findall(r"`imagewatch ([a-z]+)((?: [a-z-]+)*)", PAGE))
-    assert {"db", "status", "hold", "release", "history", "migrate"} == {name for name, _ in found}
+    assert {"check", "db", "status", "hold", "hosts", "once", "release", "history", "migrate"} == {
+        name for name, _ in found
+    }
     for name, rest in found:
         words = [word for word in rest.split() if word.startswith("--") or name == "db"]
+        commands = [word for word in words if not word.startswith("--")]
         done = subprocess.run(
-            [sys.executable, "-m", "imagewatch", name, "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "imagewatch", name, *commands, "--help"], capture_output=True, text=True, check=True
         )
         assert name in COMMANDS
         assert all(word in done.stdout for word in words), (name, words)
@@ -104,6 +107,16 @@ def test_what_the_compose_file_names_is_there(compose: dict[str, Any]) -> None:
     assert "[postgres]" in build["dockerfile_inline"]
     grace = int(compose["x-daemon"]["stop_grace_period"].removesuffix("s"))
     assert f"TimeoutStopSec={grace}\n" in (ROOT / "systemd/imagewatch.service").read_text()
+
+
+def test_the_daemons_of_the_compose_file_for_a_common_inbox_have_one_inbox(compose: dict[str, Any]) -> None:
+    yaml = pytest.importorskip("yaml")
+    override = yaml.safe_load((ROOT / "examples/compose.common.yaml").read_text())["services"]
+    assert set(override) == set(daemons(compose))
+    for name, daemon in daemons(compose).items():
+        config = load(None, {**daemon["environment"], **override[name]["environment"], "HOME": "/nonexistent"})
+        assert config.shared.inbox == "common"
+        assert override[name]["volumes"] == ["./common:/srv/imagewatch"]
 
 
 def test_the_tables_and_a_daemon_of_the_compose_file_work_with_a_password_in_the_folder_of_credentials(

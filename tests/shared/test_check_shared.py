@@ -78,13 +78,13 @@ def test_two_processes_find_each_other_and_everything_is_good_on_a_local_disk(tm
 
 def test_files_that_both_hosts_create_are_bad(tmp_path: Path) -> None:
     code, output = with_double(Folders(tmp_path, "http://127.0.0.1:9"), WithoutExclusive)
-    assert code == 1
+    assert code == 1, output
     assert "created by both hosts" in output
 
 
 def test_locks_that_are_not_noticed_are_bad(tmp_path: Path) -> None:
     code, output = with_double(Folders(tmp_path, "http://127.0.0.1:9"), WithoutLocks)
-    assert code == 1
+    assert code == 1, output
     assert "this host got" in output
 
 

@@ -12,7 +12,6 @@ from support.daemon import Folders, LoggedDaemon, Running
 from imagewatch.job.common_folder import FolderProbes, Whose, claim_inbox, require_tried
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import AlreadyRunning, ConfigError, SpoolError
-from imagewatch.system.folders import Tops
 from shared.test_common_inbox import team  # noqa: F401  a fixture
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def test_smb_is_refused(kind: str) -> None:
 
 
 def claimed(path: Path, whose: Whose, *, is_common: bool = True) -> IO[bytes]:
-    return claim_inbox(str(path / "lock"), Tops(), whose, is_common=is_common, is_alone=not is_common)
+    return claim_inbox(str(path / "lock"), Disk(), whose, is_common=is_common, is_alone=not is_common)
 
 
 def test_daemons_of_one_inbox_share_its_lock_and_others_are_refused(tmp_path: Path) -> None:
@@ -162,3 +161,17 @@ def test_an_inbox_with_jobs_of_a_daemon_that_had_it_alone_is_refused(team: Calla
     refused = Running(one, "run")
     assert refused.wait() == 74, refused.output
     assert "1 jobs" in refused.output
+
+
+def test_what_another_daemon_tries_out_now_is_not_removed_and_what_was_left_is(
+    team: Callable[..., Folders], run: Callable[..., LoggedDaemon]
+) -> None:
+    one = team("one")
+    assert run(one).stop() == 0
+    claims = one.inbox / ".imagewatch"
+    for name in ("old", "new"):
+        (claims / f".iw-probe.{name}.d").mkdir()
+        (claims / f".iw-probe.{name}.d" / "file").touch()
+    os.utime(claims / ".iw-probe.old.d", (1, 1))
+    run(one)
+    assert [path.name for path in claims.glob(".iw-probe.*")] == [".iw-probe.new.d"]
