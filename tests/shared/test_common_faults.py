@@ -16,6 +16,7 @@ from support.common import DEADLINE, Inbox, initialize, wait_for_stop
 from support.daemon import LoggedDaemon, command, until
 from support.proxy import Proxy
 
+from imagewatch.protocol.values import Decision
 from imagewatch.system.errors import LostJobError, SpoolError
 from shared.test_daemons import replace_by_earlier
 from shared.test_lost_commits import FLUX, claim, member, outcomes, row
@@ -176,8 +177,14 @@ def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothin
 ) -> None:
     worlds = {name: inbox(f"cut{number}") for number, name in enumerate(POINTS)}
     errors = []
-    with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
-        results = [(name, pool.submit(cut_off, world, POINTS[name], which)) for name, world in worlds.items()]
+    first = next(iter(worlds.values()))
+    ports = [int(urlsplit(uri).port or 0) for uri in (first.database, first.sandbox.base_url)]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
+        # All of them before the first one is cut: the port of that is free meanwhile.
+        ways = {name: [stack.enter_context(Proxy(port)) for port in ports] for name in worlds}
+        results = [
+            (name, pool.submit(cut_off, world, POINTS[name], which, *ways[name])) for name, world in worlds.items()
+        ]
         for name, result in results:
             try:
                 result.result()
@@ -186,11 +193,10 @@ def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothin
     assert not errors, "\n\n".join(errors)
 
 
-def cut_off(world: Inbox, before: str, which: str) -> None:
+def cut_off(world: Inbox, before: str, which: str, to_database: Proxy, to_endpoint: Proxy) -> None:
     """Cut a daemon off before a step, and let another one run; then let the first have its connections again."""
     prompt = f"a cat {before} cut off from {which}"
-    database_port, endpoint_port = (int(urlsplit(uri).port or 0) for uri in (world.database, world.sandbox.base_url))
-    with contextlib.closing(world), Proxy(database_port) as to_database, Proxy(endpoint_port) as to_endpoint:
+    with contextlib.closing(world):
         way = f"http://127.0.0.1:{to_endpoint.port}"
         one = world.member("one", database=to_database.through(world.database), base_url=way)
         one.prompt("cat", prompt)
@@ -337,3 +343,20 @@ def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
         two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False)
     two.common.unsent("a", 1, "two")
     assert two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False) is None
+
+
+def test_how_a_job_ends_is_not_decided_by_a_daemon_that_another_one_has_replaced(
+    database: str, member: Callable[..., Journal]
+) -> None:
+    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
+    one.common.offer_all([claim()])
+    one.common.take(5)
+    one.common.let_go()
+    two.common.take_over(5)
+    with pytest.raises(LostJobError):
+        one.decide(claim(), Decision(destination="discarded"), None)
+    two.decide(claim(), Decision(destination="discarded"), None)
+    two.finish("a")
+    with pytest.raises(LostJobError):
+        one.decide(claim(), Decision(destination="discarded"), None)
+    assert two.is_over("a")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.daemon import TESTS, Folders, LoggedDaemon, Running, command, until
+from support.daemon import TESTS, Folders, LoggedDaemon, Running, below, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,11 +137,11 @@ class Inbox:
         """What is not over yet."""
         folders = self.folders()
         left = [f"job {job}" for job in self.open_jobs()]
-        left += [name for name in folders.names("inbox") if "/lock" not in name]
-        left += [
-            str(path) for path in (folders.inbox / ".imagewatch").glob("*.*") if "imagewatch-claims" not in path.name
-        ]
-        left += [str(path) for path in folders.root.rglob(".iw-*") if ".iw-status" not in path.name]
+        left += [name for name in folders.names("inbox") if not name.startswith(".imagewatch/")]
+        claimed = os.listdir(folders.inbox / ".imagewatch")
+        left += [name for name in claimed if name not in {"lock", ".imagewatch-claims"} and ".iw-probe" not in name]
+        temporary = [path for path in below(folders.root) if path.name.startswith(".iw-")]
+        left += [str(path) for path in temporary if not path.name.startswith((".iw-status", ".iw-probe"))]
         return left + self.local()
 
     def settle(self, timeout: float = 40.0) -> None:
@@ -195,6 +196,7 @@ def wait_for_stop(daemon: LoggedDaemon, is_over: Callable[[], bool]) -> bool:
         return bool(stopped) or is_over()
 
     until(is_there, 30)
+    assert daemon.process.poll() in {None, -signal.SIGKILL}, f"it has ended\n{daemon.log()}"
     return bool(stopped)
 
 
