@@ -108,6 +108,19 @@ def test_a_daemon_that_wakes_up_when_another_one_has_published_publishes_nothing
     assert stopped_at(inbox(), before, "stop") == "outbox"
 
 
+def test_what_was_claimed_when_its_job_was_over_goes_back_into_the_inbox(inbox: Callable[..., Inbox]) -> None:
+    world = inbox()
+    count_steps(world)
+    ((job, *_),) = world.attempts()
+    folders = world.folders()
+    late = folders.inbox / ".imagewatch" / f"{job}.1"
+    late.mkdir()
+    (late / "dog.prompt.txt").write_text("a dog that a daemon claimed, and then died")
+    world.settle()
+    until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
+    assert world.calls("a dog that a daemon claimed, and then died") == 1
+
+
 def count_steps(world: Inbox) -> list[str]:
     """Let a daemon process a prompt; return its steps."""
     one = world.members["one"]
