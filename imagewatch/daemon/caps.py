@@ -198,6 +198,10 @@ class Caps:
         """Return whether a prompt waits for the next minute of a budget."""
         return any(reason.kind == "rate" for reason in self.held().values())
 
+    def any_waits_for_others(self) -> bool:
+        """Return whether a prompt waits only until requests in flight have ended."""
+        return any(refusal.kind not in HOLDS for refusal in self._refused.values())
+
     def _find_held(self) -> dict[tuple[str, str], Reason]:
         found: dict[tuple[str, str], Reason] = {}
         for kind in {kind for _, kind in self._waiting.values()} | set(self._earlier.values()):

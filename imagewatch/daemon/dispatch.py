@@ -42,6 +42,8 @@ _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _LEAST_CAP, _LONGEST_CAP = 0.1, 60.0
 """How long the caps are not checked again while prompts wait at one, seconds: the clock may be set."""
+_OTHERS_CAP = 2.0
+"""The same while one waits for what is in flight: the end of a request of another daemon is not reported."""
 
 
 class Dispatch:
@@ -217,6 +219,8 @@ class Dispatch:
             caps.all_had_their_turn()
         held = caps.held()
         self._admission.set_caps(held)
+        if self._parts.journal.file.is_shared and caps.any_waits_for_others():
+            caps.due = min(caps.due, self._parts.now() + _OTHERS_CAP)
         if held:
             seconds = min(refusal.ends for refusal in held.values()) - self._parts.journal.clock()
             caps.due = min(caps.due, self._parts.now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))

@@ -225,7 +225,8 @@ class Jobs:
 
     def free(self, slots: int) -> int:
         """Return how many workers may have a job that sends a request; ``slots`` as of ``may_send``."""
-        return max(slots - sum(1 for _ in self._in(State.AT_WORK)), 0)
+        workers = sum(1 for _ in self._in(State.AT_WORK, State.DELIVERING))
+        return max(min(slots - sum(1 for _ in self._in(State.AT_WORK)), self._most_workers - workers), 0)
 
     def may_deliver(self, *, stores_work: bool) -> bool:
         """Return whether a worker may have a job that needs no request: only local disk or database can forbid that."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from imagewatch.inbox.candidate import JobKeys, Key
     from imagewatch.protocol.values import Claim
 
-_REFRESH_SECONDS = 0.1
+_REFRESH_SECONDS = 0.05
 """How often the leader asks what was taken while prompts wait to be offered, seconds."""
 _REST_SECONDS = 1.0
 """The same while none does; and how often a daemon asks for offered jobs though it got no notification."""
@@ -45,7 +45,7 @@ class Team:
         self.is_on = self._common.is_on
         self._names: set[Key] = set()
         self._offered, self._most = 0, 0
-        self._read_at = self._took_at = self._tidied_at = -math.inf
+        self._read_at = self._took_at = self._tidied_at = self._counted_at = -math.inf
         self._leads = False
         self._offers: dict[str, Claim] = {}
         self._may_be_more = True
@@ -97,7 +97,7 @@ class Team:
         if not (self.is_on and self.leads()) or self._parts.now() < self._read_at + self._interval():
             return
         names, self._offered = self._common.names()
-        self._most = _AHEAD * max(self._common.slots(), 1)
+        self._count_slots()
         over, self._names = self._names - names, set(names)
         self._read_at = self._parts.now()
         if over:
@@ -108,14 +108,17 @@ class Team:
                 self._parts.intake.scanner.soon(key)
 
     def tidy(self) -> None:
-        """Put back what daemons that have died had claimed too late, if it is time to look for that.
-
-        Raises:
-            SpoolError: The database, or the folder of claimed files, cannot be used.
-        """
+        """Look for claim folders that no job has, if it is time for that; errors show elsewhere."""
         if self.is_on and self._leads and self._parts.now() >= self._tidied_at + self._common.lease_seconds:
             self._tidied_at = self._parts.now()
-            self._parts.worker.tidy()
+            with contextlib.suppress(SpoolError):
+                self._parts.worker.tidy()
+
+    def _count_slots(self) -> None:
+        """Ask how many requests the daemons send at the same time, if that is due."""
+        if self._parts.now() >= self._counted_at + _REST_SECONDS:
+            self._most = _AHEAD * max(self._common.slots(), 1)
+            self._counted_at = self._parts.now()
 
     def _interval(self) -> float:
         return _REFRESH_SECONDS if self._parts.intake.any() else _REST_SECONDS

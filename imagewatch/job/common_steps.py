@@ -7,16 +7,19 @@ answers are in the journal (``journal.common``) and in the claim folder (``hando
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import structlog
 
 from imagewatch.job.handover import Witness
 from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.result_files import result_files
 from imagewatch.job.rows import restored_row
 from imagewatch.job.sending import Left
 from imagewatch.journal.common import lost
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +35,7 @@ _GRACE_SECONDS = 60.0
 """How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
 _POLL_SECONDS = 2.0
 """How often a daemon looks whether another one has handed over a response, or has finished a job."""
+_RECOVER = "stop the daemons of the inbox, then run: imagewatch db recover"
 _log = structlog.get_logger()
 
 
@@ -61,6 +65,7 @@ class CommonSteps:
         self._sending = sending
         self._longest = deadline_seconds + _GRACE_SECONDS
         self._clock = clock
+        self._orphans: set[str] = set()
         self.is_on = self._common.is_on
 
     # Who has it
@@ -181,18 +186,31 @@ class CommonSteps:
         down again if it was sent, and is taken over then.
 
         Raises:
-            SpoolError: The journal or the disk cannot be used.
+            SpoolError: The disk failed.
         """
         for name, epoch in self._handover.claimed().items():
-            job = name.partition(".")[0]
-            if self._common.epoch(job):
-                continue
-            place = self._common.place(job)
-            if place is not None and place.state == "done":
+            if not self._common.epoch(name.partition(".")[0]):
+                with contextlib.suppress(SpoolError):  # the next time
+                    self._tidy(name, epoch)
+
+    def _tidy(self, name: str, epoch: int) -> None:
+        job = name.partition(".")[0]
+        place = self._common.place(job)
+        if place is not None:
+            if place.state == "done":
                 self._handover.give_back_late(name, place.folder)
-            for witness in self._handover.witnesses(job, name) if place is None else ():
-                if witness.claim is not None:
-                    self._restore(witness, witness.claim, epoch)
+            return
+        if name in self._orphans:
+            return
+        claims = [(witness, witness.claim) for witness in self._handover.witnesses(job, name) if witness.claim]
+        if not claims or any(result.claim.job == job for result in result_files(self._spool)):
+            self._orphans.add(name)
+            path = printable(os.path.join(self._spool.claims, name))
+            why = f"{path} is the claim folder of a job that the shared database does not know"
+            _log.error("stuck", job=job, reason=why, next=_RECOVER)
+            return
+        for witness, claim in claims:
+            self._restore(witness, claim, epoch)
 
     def hand_over(self, job: str) -> Outcome:
         """Let another daemon have the responses of its job, and remove them here when it is over.
@@ -213,12 +231,17 @@ class CommonSteps:
             _log.info("late_result", job=job)
             return Outcome(job, End.DEFERRED, needs_nothing=True)
         if state in {"done", "kept"}:
-            for name in record.names():
-                self._spool.disk.unlink(record.path(name))
+            if not (unrecorded := self._common.open_attempts(job, record.responses())):
+                for name in record.names():
+                    self._spool.disk.unlink(record.path(name))
+            elif job not in self._orphans:  # it may be paid for: the files stay
+                self._orphans.add(job)
+                why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no record"
+                _log.error("stuck", job=job, reason=why, next=_RECOVER)
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
         if holder and record.responses():
-            self._common.set_epoch(job, epoch)
+            self._common.set_epoch(job, epoch, is_held=False)
             with contextlib.suppress(SpoolError):  # it may be taken over once more, or end, in this moment
                 self._handover.share(record)
                 self._common.answer_is_there(job)

@@ -152,10 +152,10 @@ class Worker:
         return self._carry(job)
 
     def tidy(self) -> None:
-        """Put back into the inbox what daemons that have died had claimed too late.
+        """Look for claim folders that no job of a common inbox has.
 
         Raises:
-            SpoolError: The journal or the disk cannot be used.
+            SpoolError: The disk failed.
         """
         self._steps.common.tidy()
 

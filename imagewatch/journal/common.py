@@ -46,16 +46,16 @@ _NOTIFY = """
         current_setting('imagewatch.account') || chr(10) || current_setting('imagewatch.inbox'))"""
 _TAKE = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
-    WHERE id IN (
+    WHERE id = ANY(ARRAY(
         SELECT id FROM inbox_jobs WHERE holder = '' AND state = 'open' ORDER BY opened_at, id LIMIT ?
         FOR UPDATE SKIP LOCKED
-    ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
+    )) RETURNING id, claim, epoch, opened_at"""  # noqa: S608  with IN, the server may ask more than once, and take more
 _TAKE_OVER = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
-    WHERE id IN (
+    WHERE id = ANY(ARRAY(
         SELECT id FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
         AND NOT (holder = {_ME} AND id = ANY(?)) ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
-    ) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
+    )) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
 _ANY = "SELECT 1 FROM inbox_jobs WHERE holder = '' AND state = 'open' LIMIT 1"
 _ANY_OLD = f"""
     SELECT 1 FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
@@ -93,6 +93,7 @@ _MEMBER = f"""
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
+_ENDED = "SELECT attempt FROM attempts WHERE job = ? AND outcome NOT IN ('sent', 'unknown')"
 _PLACE = "SELECT folder, state FROM inbox_jobs WHERE id = ?"
 _MARGIN = 0.8
 """Of a lease: after so much of it without a sign of the database a job is not sent any more."""
@@ -289,9 +290,13 @@ class Common:
         """Return the epoch of a job as this process has it; 0: it does not have it."""
         return self._epochs.get(job, 0)
 
-    def set_epoch(self, job: str, epoch: int) -> None:
-        """Note the epoch of a job that this process has now."""
-        self._epochs[job], self._renewed[job] = epoch, self._now()
+    def set_epoch(self, job: str, epoch: int, *, is_held: bool = True) -> None:
+        """Note the epoch of a job that this process has now, or to which it hands over a response."""
+        self._epochs[job] = epoch
+        if is_held:
+            self._renewed[job] = self._now()
+        else:
+            self._renewed.pop(job, None)
 
     def forget(self, job: str) -> None:
         """Forget a job that is over, or that another daemon has."""
@@ -388,6 +393,16 @@ class Common:
             sent_at=row["sent_at"] or 0.0,
             is_forgotten=row["is_forgotten"],
         )
+
+    def open_attempts(self, job: str, attempts: list[int]) -> list[int]:
+        """Return those of some attempts that have no result, or are not known at all.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            rows = connection.execute(_ENDED, (job,)).fetchall()
+        return sorted(set(attempts).difference(row["attempt"] for row in rows))
 
     def answer_is_here(self, job: str, attempt: int) -> None:
         """Note that only this daemon has the response: it could not be copied into the claim folder.

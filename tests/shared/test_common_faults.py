@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 __all__ = ["member"]
-EVERY = int(os.environ.get("IMAGEWATCH_EVERY_STEP", "0") or "0")
-"""1: each step is tried; otherwise some, spread over all."""
+STEPS = os.environ.get("IMAGEWATCH_STEPS", "")
+"""``all``: each step is tried; or the numbers of some; otherwise some, spread over all."""
+LONG = pytest.mark.timeout(900 if STEPS else 300)
 AT_THE_SAME_TIME = 4
 TRIED = 10
 
@@ -56,15 +57,15 @@ def is_over(world: Inbox) -> bool:
     return not world.open_jobs() and bool(world.folders().finished())
 
 
-def stopped_at(world: Inbox, number: int, by: str) -> str:
+def stopped_at(world: Inbox, before: str, by: str) -> str:
     """Stop a daemon before a step, let another one finish, then let the first continue; return the destination."""
     one = world.members["one"]
-    prompt = f"a cat {number} {by}"
+    prompt = f"a cat {before} {by}"
     one.prompt("cat", prompt)
-    first = world.run(one, stop_before=number, by=by)
+    first = world.run(one, stop_before=before, by=by)
     if not wait_for_stop(first, lambda: is_over(world)):
         return world.check("cat", prompt)
-    where = one.steps()[-1]
+    where = one.steps()[one.stopped() - 1]
     world.run(world.member("two"))
     until(lambda: is_over(world) or world.calls(prompt) > 1, 40, saw=lambda: f"{where}\n{world.unfinished()}")
     if by == "kill":
@@ -75,18 +76,16 @@ def stopped_at(world: Inbox, number: int, by: str) -> str:
         world.settle()
         return world.check("cat", prompt)
     except AssertionError as error:
-        raise AssertionError(f"stopped before step {number} ({by}): {where}\n{error}") from error
+        raise AssertionError(f"stopped before step {before} ({by}): {where}\n{error}") from error
 
 
 def test_a_daemon_that_wakes_up_before_it_has_sent_sends_nothing_and_another_one_sends_it(
     inbox: Callable[..., Inbox],
 ) -> None:
-    counted, world, prompt = inbox("counted"), inbox(), "a cat, later"
-    steps = count_steps(counted)
-    counted.close()
+    world, prompt = inbox(), "a cat, later"
     one = world.members["one"]
     one.prompt("cat", prompt)
-    first = world.run(one, stop_before=number_of(steps, "create", "sent.1"), by="stop")
+    first = world.run(one, stop_before="create|sent.1", by="stop")
     assert wait_for_stop(first, lambda: False)
     second = world.run(world.member("two"))
     second.wait_for("taken_over")
@@ -97,6 +96,15 @@ def test_a_daemon_that_wakes_up_before_it_has_sent_sends_nothing_and_another_one
     world.settle()
     assert world.check("cat", prompt) == "outbox"
     assert [outcome for _, _, outcome, _ in world.attempts()] == ["unsent", "completed"]
+
+
+@pytest.mark.parametrize(
+    "before", ["journal Journal.decide", "rename|/outbox/|.receipt.toml", "rename|/outbox/|cat.jpg"]
+)
+def test_a_daemon_that_wakes_up_when_another_one_has_published_publishes_nothing(
+    inbox: Callable[..., Inbox], before: str
+) -> None:
+    assert stopped_at(inbox(), before, "stop") == "outbox"
 
 
 def count_steps(world: Inbox) -> list[str]:
@@ -110,13 +118,15 @@ def count_steps(world: Inbox) -> list[str]:
     return one.steps()
 
 
+@LONG
 @pytest.mark.parametrize("by", ["kill", "stop"])
 def test_a_daemon_that_ends_or_stops_at_any_step_is_replaced_without_a_second_charge(
     inbox: Callable[..., Inbox], by: str
 ) -> None:
     steps = count_steps(inbox("counted"))
     count = len(steps)
-    chosen = range(1, count + 1) if EVERY else range(1 + count % 3, count + 1, max(count // TRIED, 1))
+    spread = range(1 + count % 3, count + 1, max(count // TRIED, 1))
+    chosen = range(1, count + 1) if STEPS == "all" else map(int, STEPS.split()) if STEPS else spread
     worlds = {number: inbox(f"step{number}") for number in chosen}
     saved = next(number for number, step in enumerate(steps, 1) if step.endswith(".answer.1"))
     found, errors = {}, []
@@ -135,7 +145,7 @@ def test_a_daemon_that_ends_or_stops_at_any_step_is_replaced_without_a_second_ch
 def tried(world: Inbox, number: int, by: str) -> tuple[str, str]:
     """Try one step; return the destination of the prompt, or what is wrong."""
     try:
-        return stopped_at(world, number, by), ""
+        return stopped_at(world, str(number), by), ""
     except AssertionError as error:
         return "", str(error)
     finally:
@@ -145,37 +155,29 @@ def tried(world: Inbox, number: int, by: str) -> tuple[str, str]:
 # Cut off
 
 
-def number_of(steps: list[str], *parts: str) -> int:
-    """The number of the first step with all these parts."""
-    found = (number for number, step in enumerate(steps, 1) if all(part in step for part in parts))
-    number = next(found, 0)
-    assert number, (parts, steps)
-    return number
-
-
 POINTS = {
-    "take": ("after journal Common._taken",),
-    "claim": ("rename", "/.imagewatch/", ".prompt.txt"),
-    "spend": ("after journal Journal.spend",),
-    "first byte": ("first byte",),
-    "response": ("response",),
-    "saved": (".answer.1",),
-    "shared": ("sync_folder", "/.imagewatch/"),
-    "decide": ("after journal Journal.decide",),
-    "published": ("after journal Journal.set_state",),
+    "take": "after journal Common._taken",
+    "claim": "rename|/.imagewatch/|.prompt.txt",
+    "spend": "after journal Journal.spend",
+    "first byte": "first byte",
+    "response": "response",
+    "saved": "replace|.answer.1",
+    "shared": "create|/.imagewatch/|/answer.1",
+    "decide": "after journal Journal.decide",
+    "receipt": "rename|/outbox/|.receipt.toml",
+    "published": "after journal JobRows.set_state",
 }
 
 
+@LONG
 @pytest.mark.parametrize("which", ["database", "endpoint", "both"])
 def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothing(
     inbox: Callable[..., Inbox], which: str
 ) -> None:
-    steps = count_steps(inbox("counted"))
-    numbers = {name: number_of(steps, *parts) for name, parts in POINTS.items()}
     worlds = {name: inbox(f"cut{number}") for number, name in enumerate(POINTS)}
     errors = []
     with ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
-        results = [(name, pool.submit(cut_off, world, numbers[name], which)) for name, world in worlds.items()]
+        results = [(name, pool.submit(cut_off, world, POINTS[name], which)) for name, world in worlds.items()]
         for name, result in results:
             try:
                 result.result()
@@ -184,17 +186,17 @@ def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothin
     assert not errors, "\n\n".join(errors)
 
 
-def cut_off(world: Inbox, number: int, which: str) -> None:
+def cut_off(world: Inbox, before: str, which: str) -> None:
     """Cut a daemon off before a step, and let another one run; then let the first have its connections again."""
-    prompt = f"a cat {number} cut off from {which}"
+    prompt = f"a cat {before} cut off from {which}"
     database_port, endpoint_port = (int(urlsplit(uri).port or 0) for uri in (world.database, world.sandbox.base_url))
     with contextlib.closing(world), Proxy(database_port) as to_database, Proxy(endpoint_port) as to_endpoint:
         way = f"http://127.0.0.1:{to_endpoint.port}"
         one = world.member("one", database=to_database.through(world.database), base_url=way)
         one.prompt("cat", prompt)
-        first = world.run(one, stop_before=number, by="pause")
-        until(lambda: len(one.steps()) >= number)
-        before = world.calls(prompt)
+        first = world.run(one, stop_before=before, by="pause")
+        until(one.stopped)
+        sent = world.calls(prompt)
         cut = [
             proxy for proxy, name in ((to_database, "database"), (to_endpoint, "endpoint")) if which in {name, "both"}
         ]
@@ -206,12 +208,12 @@ def cut_off(world: Inbox, number: int, which: str) -> None:
             until(lambda: is_over(world) or bool(first.events("held") or first.events("not_sent")), 30)
         else:
             until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")
-            assert world.calls(prompt) <= max(before, 1)
+            assert world.calls(prompt) <= max(sent, 1)
         for proxy in cut:
             proxy.restore()
         world.settle(60)
         destination = world.check("cat", prompt)
-        if any(step.endswith(".answer.1") for step in one.steps()[: number - 1]):
+        if any(step.endswith(".answer.1") for step in one.steps()[: one.stopped() - 1]):
             assert destination == "outbox"
 
 
@@ -220,17 +222,11 @@ def cut_off(world: Inbox, number: int, which: str) -> None:
 
 def alone(world: Inbox, prompt: str) -> tuple[LoggedDaemon, Path]:
     """Let a daemon have a response that it cannot share; return it, and the file that makes the folder read-only."""
-    steps = count_steps(world)
-    for path in (world.folders().outbox, world.folders().archive):
-        for one in path.iterdir():
-            one.unlink()
-    member, read_only = world.members["one"], Path(world.members["one"].environ["READ_ONLY_FILE"])
-    world.close()
-    number = number_of(steps, "create", "/.imagewatch/", "answer.")
-    member.steps_file.unlink()
+    member = world.members["one"]
+    read_only = Path(member.environ["READ_ONLY_FILE"])
     member.prompt("cat", prompt)
-    first = world.run(member, stop_before=number, by="pause")
-    until(lambda: len(member.steps()) >= number)
+    first = world.run(member, stop_before="create|/.imagewatch/|/answer.", by="pause")
+    until(member.stopped)
     read_only.touch()
     member.go()
     first.wait_for("response_not_shared")
@@ -277,19 +273,16 @@ def test_no_daemon_declares_an_unknown_charge_while_another_one_alone_has_the_re
 # A database that has lost its last commits
 
 
-@pytest.mark.parametrize("point", ["take", "spend"])
+@pytest.mark.parametrize("point", ["journal Common._taken", "journal Journal.spend"])
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_payment(
     inbox: Callable[..., Inbox], sandbox: Sandbox, postgres: Server, database: str, point: str, is_saved: bool
 ) -> None:
-    counted, world, prompt = inbox("counted"), inbox(), "a cat, twice?"
-    steps = count_steps(counted)
-    counted.close()
-    before = {"take": ("journal Common._taken",), "spend": ("journal Journal.spend",)}[point]
+    world, prompt = inbox(), "a cat, twice?"
     one = world.members["one"]
     one.prompt("cat", prompt)
-    first = world.run(one, stop_before=number_of(steps, *before), by="pause")
-    until(lambda: len(one.steps()) >= number_of(steps, *before))
+    first = world.run(one, stop_before=point, by="pause")
+    until(one.stopped)
     if not is_saved:
         sandbox.hold()
 
@@ -319,7 +312,7 @@ def test_the_right_to_send_is_not_spent_by_a_daemon_whose_job_was_taken_over(
     database: str, member: Callable[..., Journal]
 ) -> None:
     one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
-    one.offer(claim())
+    one.common.offer_all([claim()])
     assert [taken.epoch for taken in one.common.take(5)] == [1]
     one.common.let_go()
     assert [taken.epoch for taken in two.common.take_over(5)] == [2]
@@ -332,7 +325,7 @@ def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
     database: str, member: Callable[..., Journal], postgres: Server
 ) -> None:
     one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
-    one.offer(claim())
+    one.common.offer_all([claim()])
     one.common.take(5)
     one.common.let_go()
     two.common.take_over(5)

@@ -156,3 +156,18 @@ def test_a_changed_host_name_does_not_change_the_name_of_a_daemon(
     ((name, host, incarnation),) = account.rows("SELECT name, host, incarnation FROM imagewatch.instances")
     assert name.startswith("first:")
     assert (host, incarnation) == ("second", 2)
+
+
+def test_a_prompt_is_sent_soon_when_the_reservation_of_another_daemon_ends(
+    account: Account, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
+    """Each daemon hears only of the ends of its own requests."""
+    one, two, _ = started(account, sandbox, run, limits__credits_per_day="30", limits__assumed_credits="30")
+    sandbox.hold()
+    one.prompt("cat", "cat [sandbox: 400]")
+    assert sandbox.wait_for_requests(1, 20)
+    two.prompt("dog", "dog")
+    until(lambda: waiting(two) == 1)
+    sandbox.release()
+    until(lambda: two.finished() == {"dog": "outbox"})
+    assert sandbox.report()["credits"] == 30

@@ -53,8 +53,13 @@ class Member(Folders):
         """Let a thread that waits before a step go on."""
         Path(f"{self.steps_file}.go").touch()
 
+    def stopped(self) -> int:
+        """The number of the step before which its daemon has stopped; 0: it has not."""
+        path = Path(f"{self.steps_file}.stopped")
+        return int((path.read_text() if path.exists() else "") or 0)
+
     def steps(self) -> list[str]:
-        """What its daemon has done so far; the last one is where it stopped."""
+        """What its daemon has done so far."""
         return self.steps_file.read_text().splitlines() if self.steps_file.exists() else []
 
 
@@ -87,11 +92,11 @@ class Inbox:
         self.members[name] = made = Member(self.root, name, base, uri, self.name, **given)
         return made
 
-    def run(self, member: Member, *, stop_before: int = 0, by: str = "kill") -> LoggedDaemon:
+    def run(self, member: Member, *, stop_before: str = "", by: str = "kill") -> LoggedDaemon:
         """Start the daemon of a member."""
-        member.environ |= {"STOP_BEFORE": str(stop_before), "STOP_BY": by}
-        if not stop_before:
-            member.steps_file.unlink(missing_ok=True)
+        member.environ |= {"STOP_BEFORE": stop_before, "STOP_BY": by}
+        for path in self.root.glob(f"{member.steps_file.name}*"):
+            path.unlink()
         self.daemons.append(LoggedDaemon(Running(member, script=RUNNER)))
         return self.daemons[-1]
 

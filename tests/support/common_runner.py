@@ -1,10 +1,10 @@
-"""Run the real daemon of a common inbox, and stop it before the step with the number given. 0: never.
+"""Run the real daemon of a common inbox, and stop it before a step.
 
 A step is a change of the disk or of the journal that concerns a job, the first byte of a request, or a piece of its
 response. Each is written to a file, one a line, so that a test sees where the process stopped::
 
-    STEPS_FILE   the file
-    STOP_BEFORE  the number of the step, from 1
+    STEPS_FILE   the file; STEPS_FILE.stopped has the number of the step before which the process has stopped
+    STOP_BEFORE  the number of the step, from 1; or parts of its line, with | between them: the first with all of them
     READ_ONLY_FILE  while it is there, the folder of claimed files cannot be changed
     STOP_BY      kill: SIGKILL; stop: SIGSTOP; pause: only the thread waits, until the file STEPS_FILE.go is there
     LEASE        how long a job is held after a sign of its daemon, seconds
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _FILE = os.environ["STEPS_FILE"]
-_NUMBER = int(os.environ.get("STOP_BEFORE", "0"))
+_BEFORE = os.environ.get("STOP_BEFORE", "")
 _LOCK = threading.Lock()
 _inside = threading.local()
 _steps = 0
@@ -54,9 +54,11 @@ def step(what: str) -> None:
         _steps += 1
         with open(_FILE, "a") as file:
             file.write(f"{what}\n")
-        is_it = _steps == _NUMBER
-    if not is_it:
-        return
+        stopped = f"{_FILE}.stopped"
+        if not _is_it(what) or os.path.exists(stopped):
+            return
+        with open(stopped, "w") as file:
+            file.write(str(_steps))
     match os.environ["STOP_BY"]:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -65,6 +67,12 @@ def step(what: str) -> None:
         case "pause":
             while not os.path.exists(f"{_FILE}.go"):
                 threading.Event().wait(0.02)
+
+
+def _is_it(what: str) -> bool:
+    if _BEFORE.isdigit():
+        return int(_BEFORE) == _steps
+    return bool(_BEFORE) and all(part in what for part in _BEFORE.split("|"))
 
 
 class StoppingDisk(SteppingDisk):
