@@ -45,3 +45,6 @@ def shared_lines(config: Config) -> Iterator[Line]:
             yield Line(*result)
     except SpoolError as error:
         yield Line("bad", "common inbox", printable(str(error)))
+    finally:  # a folder of daemons is not empty; one of another user would keep them from starting
+        disk.remove_folder(folder)
+        disk.remove_folder(claims)

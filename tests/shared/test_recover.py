@@ -126,6 +126,32 @@ def test_a_request_in_flight_whose_rows_are_lost_is_an_unknown_charge(
     assert sandbox.report()["requests"] == 2
 
 
+def test_a_job_that_was_in_flight_in_the_copy_gets_the_result_of_its_receipt(
+    member: Callable[..., Folders],
+    sandbox: Sandbox,
+    postgres: Server,
+    database: str,
+    run: Callable[..., LoggedDaemon],
+) -> None:
+    folders = member("one", shared__lease_seconds="10")
+    sandbox.hold()
+    daemon = run(folders)
+    folders.prompt("cat", "a cat")
+    assert sandbox.wait_for_requests(1, 20)
+
+    def completed() -> None:
+        sandbox.release()
+        until(lambda: folders.names("archive") == ["cat.prompt.txt"], timeout=60)
+        assert daemon.stop() == 0
+
+    replace_by_earlier(postgres, database, completed)
+    until(lambda: command(folders, "db", "recover", "--yes").returncode == 0, timeout=60)
+    assert Running(folders, "once").wait() == 0
+    assert folders.finished() == {"cat": "outbox"}
+    assert [(row["outcome"], row["credits"]) for row in history(folders)] == [("completed", 30)]
+    assert sandbox.report()["requests"] == 1
+
+
 def test_it_is_refused_while_the_daemon_runs(member: Callable[..., Folders], run: Callable[..., LoggedDaemon]) -> None:
     folders = member("one")
     run(folders)
