@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
     "gallery": ("gallery", "Write a web page of all images, costs and failures."),
     "history": ("history", "Show completed, refused and unknown jobs and their cost."),
-    "hold": ("hold", "Put the queue on hold: nothing more is sent."),
+    "hold": ("hold", "Put the queue on hold: this daemon sends nothing more."),
     "hosts": ("hosts", "List the daemons that share an account, or remove one."),
     "init": ("init", "Write a configuration file with comments."),
     "mcp": ("mcp", "Offer the folder to agents without a shell (MCP)."),
