@@ -38,7 +38,7 @@ class Need(enum.Enum):
     """What a deferred job needs beside the time at which it is due."""
 
     NOTHING = "nothing: it may get further without a request, so a hold does not concern it"
-    TURN = "its turn to be sent; during a hold it is carried on immediately, and goes back to the inbox"
+    TURN = "its turn to be sent; during a hold it is continued immediately, and goes back to the inbox"
     NAME = "its name: a newer file of the same name has to leave the inbox before this one can go back"
     REQUEST = "another request"
 
@@ -51,7 +51,7 @@ class Job:
         id: Job id.
         key: Its stem, if its record can be read.
         state: Where it is.
-        at: Monotonic time at which it is carried on if it is deferred, seconds.
+        at: Monotonic time at which it is continued if it is deferred, seconds.
         need: What else it needs if it is deferred.
         retry_seconds: How long it waits for its next automatic retry if it is stuck; 0: it is not, or needs a person.
         problem: Why it is stuck, if it is.
@@ -100,7 +100,7 @@ class Jobs:
         self._concurrency = concurrency
         self._most_workers = concurrency + concurrency // 2
 
-    # What becomes of a job
+    # What happens to a job
 
     def start(self, job: Job) -> None:
         """Note that a worker has a job."""
@@ -139,7 +139,7 @@ class Jobs:
         return self._jobs.pop(job)
 
     def free_name(self, key: Key | None, now: float) -> None:
-        """Carry on the jobs that wait for this name: it may be free now."""
+        """Continue the jobs that wait for this name: it may be free now."""
         for job in self._in(State.DEFERRED):
             if job.need is Need.NAME and job.key == key:
                 job.at = now
@@ -155,7 +155,7 @@ class Jobs:
     # Which there are
 
     def __contains__(self, job: object) -> bool:
-        """Return whether a job is carried on by this process without a person."""
+        """Return whether a job is continued by this process without a person."""
         return isinstance(job, str) and job in self._jobs and self._jobs[job].state is not State.LEFT
 
     def knows(self, job: str) -> bool:
@@ -163,7 +163,7 @@ class Jobs:
         return job in self._jobs
 
     def __iter__(self) -> Iterator[str]:
-        """Return the ids of the jobs that this process carries on without a person."""
+        """Return the ids of the jobs that this process continues without a person."""
         return (job.id for job in self._in(State.AT_WORK, State.DELIVERING, State.DEFERRED))
 
     @property
@@ -173,7 +173,7 @@ class Jobs:
 
     @property
     def left(self) -> list[str]:
-        """The jobs that only a person, or the next start, can carry on."""
+        """The jobs that only a person, or the next start, can continue."""
         return [job.id for job in self._in(State.LEFT)]
 
     @property
@@ -233,12 +233,12 @@ class Jobs:
         return stores_work and self.may_send(self._concurrency)
 
     def due(self, now: float, *, is_held: bool) -> list[Job]:
-        """Return the deferred jobs that may be carried on, the one that waits longest first."""
+        """Return the deferred jobs that may be continued, the one that waits longest first."""
         waiting = (job for job in self._in(State.DEFERRED) if job.at <= now or (is_held and job.need is Need.TURN))
         return sorted(waiting, key=lambda job: job.at)
 
     def next_due(self, *, may_send: bool, may_deliver: bool) -> float:
-        """Return the monotonic time at which the next deferred job is to be carried on; infinite without one."""
+        """Return the monotonic time at which the next deferred job is to be continued; infinite without one."""
         waiting = self._in(State.DEFERRED)
         return min(
             (job.at for job in waiting if may_send or (may_deliver and job.need is not Need.REQUEST)), default=math.inf

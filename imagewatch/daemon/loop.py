@@ -314,7 +314,7 @@ class Daemon:
             self._admission.check_key()
 
     def _scan_due(self) -> float:
-        """Return the monotonic time of the next scan. A daemon that does not scan only looks after its folders then."""
+        """Return the monotonic time of the next scan. A daemon that does not scan only checks its folders then."""
         if self._parts.team.leads():
             return self._intake.scanner.due
         return self._looked_at + self._parts.config.inbox.rescan_seconds

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 60.0
 """How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
 _POLL_SECONDS = 2.0
-"""How often a daemon looks whether another one has handed over a response, or has finished a job."""
+"""How often a daemon checks whether another one has handed over a response, or has finished a job."""
 _RECOVER = "stop the daemons of the inbox, then run: imagewatch db recover"
 _log = structlog.get_logger()
 
@@ -207,7 +207,7 @@ class CommonSteps:
         if not claims or any(result.claim.job == job for result in result_files(self._spool)):
             self._orphans.add(name)
             path = printable(os.path.join(self._spool.claims, name))
-            why = f"{path} is the claim folder of a job that the shared database does not know"
+            why = f"{path} is the claim folder of a job that is not in the shared database"
             _log.error("stuck", job=job, reason=why, next=_RECOVER)
             return
         for witness, claim in claims:

@@ -146,7 +146,7 @@ class Handover:
             self._disk.remove_folder(path)
 
     def _rename(self, source: str, target: str) -> None:
-        """Rename; if that fails, look at the target: on a network it may have happened nevertheless."""
+        """Rename; if that fails, check the target: on a network it may have happened nevertheless."""
         try:
             with disk_errors(source, "rename"):
                 self._disk.rename(source, target)

@@ -1,7 +1,7 @@
 """How many attempts a daemon has recorded in a shared database, in a file of its state folder.
 
 A database that was restored from a backup, or a standby that took over without the newest commits, has fewer. It would
-let requests be sent again that it does not know. The file is written in its place after each commit and is not synced:
+let requests be sent again that it does not have. The file is written in its place after each commit and is not synced:
 it survives a kill of the daemon, but not always a power cut of its host.
 """
 

@@ -107,7 +107,7 @@ class JobRows(abc.ABC):
         return f"{change} AND {self._file.is_ours}"
 
     def set_stuck(self, job: str) -> None:
-        """Note that only a person can carry on a job: what it has reserved counts as spent."""
+        """Note that only a person can continue a job: what it has reserved counts as spent."""
         self._file.change(lambda connection: connection.execute(_STUCK, (job,)), synced=False)
 
     def unreserve(self, job: str) -> None:

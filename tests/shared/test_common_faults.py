@@ -80,7 +80,7 @@ def stopped_at(world: Inbox, before: str, by: str) -> str:
         raise AssertionError(f"stopped before step {before} ({by}): {where}\n{error}") from error
 
 
-def test_a_daemon_that_wakes_up_before_it_has_sent_sends_nothing_and_another_one_sends_it(
+def test_a_daemon_that_continues_late_and_has_not_sent_sends_nothing_and_another_one_sends_it(
     inbox: Callable[..., Inbox],
 ) -> None:
     world, prompt = inbox(), "a cat, later"
@@ -102,7 +102,7 @@ def test_a_daemon_that_wakes_up_before_it_has_sent_sends_nothing_and_another_one
 @pytest.mark.parametrize(
     "before", ["journal Journal.decide", "rename|/outbox/|.receipt.toml", "rename|/outbox/|cat.jpg"]
 )
-def test_a_daemon_that_wakes_up_when_another_one_has_published_publishes_nothing(
+def test_a_daemon_that_continues_after_another_one_has_published_publishes_nothing(
     inbox: Callable[..., Inbox], before: str
 ) -> None:
     assert stopped_at(inbox(), before, "stop") == "outbox"

@@ -194,7 +194,7 @@ def test_a_prompt_that_is_delivered_again_is_not_sent_by_another_daemon(
 # Commands
 
 
-def test_a_hold_concerns_one_daemon_and_the_others_go_on(make: Callable[..., Team], sandbox: Sandbox) -> None:
+def test_a_hold_concerns_one_daemon_and_the_others_continue(make: Callable[..., Team], sandbox: Sandbox) -> None:
     team = make("one", "two")
     one, two = team.members.values()
     assert team.leader() == "one"
@@ -274,7 +274,7 @@ def test_retry_is_done_by_another_daemon_if_the_one_that_has_the_response_does_n
     assert team.rows("SELECT state, holder FROM jobs") == [{"state": "kept", "holder": other.name}]
 
 
-def test_retry_says_that_only_a_removed_daemon_had_the_response(make: Callable[..., Team], sandbox: Sandbox) -> None:
+def test_retry_reports_that_only_a_removed_daemon_had_the_response(make: Callable[..., Team], sandbox: Sandbox) -> None:
     team = make("one", "two")
     holder, other = charged_without_image(team)
     assert holder.stop() == 0
