@@ -10,11 +10,16 @@ from typing import IO, TYPE_CHECKING
 
 from support.daemon import Folders
 
+from imagewatch.commands import check_shared
+from imagewatch.config.load import load
 from imagewatch.job.two_hosts import FOLDER, TwoHosts
 from imagewatch.system.disk import Disk
+from imagewatch.system.file_systems import Kinds
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from imagewatch.job.two_hosts import Result
 
@@ -107,3 +112,29 @@ def test_a_host_that_does_not_answer_is_reported(tmp_path: Path) -> None:
     thread.join()
     assert (found[-1].verdict, found[-1].what) == ("bad", "other host")
     assert "in time" in found[-1].why
+
+
+class Smb(Kinds):
+    """File systems as on a host whose inbox is on SMB."""
+
+    def of(self, path: str) -> str:  # noqa: ARG002  as the real one
+        return "cifs"
+
+
+def test_smb_is_refused_with_one_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_shared, "Kinds", Smb)
+    folders = Folders(tmp_path, "http://127.0.0.1:9")
+    (line,) = check_shared.shared_lines(load(None, folders.environ))
+    assert line.verdict == "bad"
+    assert line.why.endswith("remove shared.inbox)")
+
+
+def test_it_is_refused_together_with_balance() -> None:
+    done = _command("check", "--shared", "--balance")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "--shared and --balance cannot be used together" in done.stderr
+
+
+def _command(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "imagewatch", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
