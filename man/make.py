@@ -113,15 +113,23 @@ def option(one: click.Option) -> Iterator[str]:
     yield escaped(f"{one.help}{default}")
 
 
+def _argument(part: click.Argument) -> str:
+    name = str(part.name).upper()
+    return name if part.required else f"[{name}]"
+
+
 def command(name: str, one: click.Command) -> Iterator[str]:
     """Yield the section of a command."""
     given = (part for part in one.params if isinstance(part, click.Argument))
-    arguments = [part.metavar or f"[{str(part.name).upper()}]" for part in given]
+    arguments = [part.metavar or _argument(part) for part in given]
     yield f'.SS "{escaped(" ".join(["imagewatch", name, "[OPTIONS]", *arguments]))}"'
     yield from paragraphs(one.help or "")
     for part in one.params:
         if isinstance(part, click.Option) and part.name != CONFIG.name:
             yield from option(part)
+    if isinstance(one, click.Group):
+        for inner in sorted(one.commands):
+            yield from command(f"{name} {inner}", one.commands[inner])
 
 
 def page() -> str:

@@ -1,6 +1,6 @@
 """``imagewatch check``: what the daemon would do with each file of the inbox, and why.
 
-Reads only; nothing is claimed, sent or created.
+Reads only; nothing is claimed, sent or created, except for the test files of ``--shared``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ _COLORS = {
 
 @click.command()
 @click.option("--balance", is_flag=True, help="Also ask the endpoint for the account's balance (free of charge)")
-@click.option("--shared", is_flag=True, help="Try out a common inbox with another host; run it on both")
+@click.option(
+    "--shared", is_flag=True, help="Test only the file system of a common inbox; run it on two hosts at the same time"
+)
 @json_option
 @config_option
 def check(path: str | None, *, balance: bool, shared: bool, as_json: bool) -> None:
@@ -62,9 +64,12 @@ def check(path: str | None, *, balance: bool, shared: bool, as_json: bool) -> No
     Checks the configuration, the folders, the key (never shown), holds, and every file in the inbox. Nothing is
     claimed, sent or created.
 
-    With --shared, only the file system of the inbox is tried out, for several daemons that process it together. Run
-    it on two hosts at the same time, as the user of the daemons. It exits with 1 if something is bad.
+    With --shared, the command tests only whether the file system of the inbox is good enough for several daemons that
+    process the inbox together. Run it on two hosts at the same time, as the user of the daemons. It creates test files
+    in the inbox and removes them. It exits with code 1 if something is bad. --balance cannot be used with it.
     """
+    if shared and balance:
+        raise click.UsageError("--shared and --balance cannot be used together")
     if shared:
         _check_shared(load_config(path), as_json=as_json)
     found: dict[str, list[Line]] = {"settings": [], "files": []}

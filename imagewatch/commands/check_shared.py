@@ -35,7 +35,8 @@ def shared_lines(config: Config) -> Iterator[Line]:
         disk.tops.open(claims)
         FolderProbes(disk, claims).run()
     except (ConfigError, SpoolError, OSError) as error:
-        yield Line("bad", "file system", printable(f"{error} ({getattr(error, 'hint', '')})"))
+        hint = getattr(error, "hint", "")
+        yield Line("bad", "file system", printable(f"{error} ({hint})" if hint else str(error)))
         return
     yield Line("ok", "file system", f"{kind or 'unknown'}: new files, renames, locks: {printable(inbox)}")
     folder = os.path.join(claims, FOLDER)

@@ -1,4 +1,4 @@
-"""``imagewatch db``: makes and checks the tables of the shared database, and writes lost rows again."""
+"""``imagewatch db``: creates and checks the tables of the shared database, and restores lost rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imagewatch.journal.opening import open_journal, place_of, require_own_store
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import AlreadyRunning, ConfigError, Problem
 from imagewatch.system.exits import EXIT_CONFIG, EXIT_FAILED
-from imagewatch.system.text import printable, to_json
+from imagewatch.system.text import counted, printable, to_json
 
 if TYPE_CHECKING:
     from imagewatch.config.schema import Config
@@ -29,28 +29,31 @@ if TYPE_CHECKING:
 
 @click.group()
 def db() -> None:
-    """Make and check the tables of a shared database.
+    """Create and check the tables of a shared database, and restore lost rows.
 
-    Several daemons with one paid account can share caps, holds and history in PostgreSQL; see [shared] in the
-    configuration.
+    Several daemons with one paid account can share caps, holds and history in PostgreSQL. [shared] in the configuration
+    names the database.
     """
 
 
 @db.command()
 @config_option
 def init(path: str | None) -> None:
-    """Make the tables. If they are there, nothing is changed."""
+    """Create the tables. If they exist, nothing is changed."""
     place = _place(path)
     from imagewatch.journal.postgres.tables import initialize  # noqa: PLC0415  an extra
 
     is_new = initialize(place)
-    click.echo("The tables were made." if is_new else "The tables are there; nothing was changed.")
+    click.echo("The tables were created." if is_new else "The tables exist; nothing was changed.")
 
 
 @db.command()
 @config_option
 def upgrade(path: str | None) -> None:
-    """Update the tables to this version. Stop all daemons of the database before."""
+    """Update the tables to this version.
+
+    Stop all daemons of the database first.
+    """
     place = _place(path)
     from imagewatch.journal.postgres.tables import upgrade as update  # noqa: PLC0415  an extra
 
@@ -78,16 +81,20 @@ def check(path: str | None, *, as_json: bool) -> None:
 
 
 @db.command()
-@click.option("--yes", is_flag=True, help="Do it; without this option, it is only shown what would be done")
+@click.option(
+    "--yes", is_flag=True, help="Restore the rows; without this option, the command only shows what it would do"
+)
 @config_option
 def recover(path: str | None, *, yes: bool) -> None:
-    """Write rows again that the database has lost.
+    """Restore rows that the database has lost.
 
-    For a database that was restored from a backup, and for a standby that took over without the newest commits. Stop
-    all daemons of the inbox first, then run the command on each host. It reads the receipts and error files, the
-    folder of claimed files, and the responses in the state folder of its host. Requests of which these show that they
-    were sent count again, and are not sent again. Prompts that were claimed and not sent go back into the inbox.
-    Afterwards the daemon of this configuration accepts the database. It is safe to run the command again.
+    Use it if the database was restored from a backup, or if a standby took over without the newest commits. Stop all
+    daemons of the inbox first, then run the command on each host, with --yes. It reads the receipts and error files,
+    the folder of claimed files, and the responses in the state folder of its host. If these show that a request was
+    sent, it counts again and is not sent again. In a common inbox, prompts that were claimed and not sent go back into
+    the inbox. Afterwards the daemon of this configuration accepts the database. It is safe to run the command again.
+
+    It exits with code 1 without --yes, and if something could not be restored.
     """
     config = load_as_owner(path)
     _place(path)
@@ -134,7 +141,9 @@ def _recover(jobs: LostJobs, *, is_done: bool) -> bool:
         if is_done and (why := jobs.carry_out(found)):
             left += 1
             click.echo(f"  not done: {printable(why)}")
-    click.echo(f"{count} jobs found that the database lacks or has in part." if count else "The database lacks no job.")
+    click.echo(
+        f"The database lacks {counted(count, 'job')}, or parts of them." if count else "The database lacks no job."
+    )
     return bool(left)
 
 

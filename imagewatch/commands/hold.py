@@ -38,12 +38,12 @@ _account_option = click.option(
 @json_option
 @config_option
 def hold(reason: str, path: str | None, *, as_json: bool, for_all: bool) -> None:
-    """Put the queue on hold: nothing more is sent.
+    """Put the queue on hold: this daemon sends nothing more.
 
     Requests in flight are finished; prompts stay in the inbox. The hold lasts until "imagewatch release", also over a
     restart. REASON is shown by "imagewatch status".
 
-    If several daemons process this inbox together, the others go on.
+    If several daemons process this inbox together, the other daemons continue.
 
     With --account, this concerns all daemons that share the account in a database, also those that start later. When
     the command returns, none of them records another request. The hold lasts until "imagewatch release --account".

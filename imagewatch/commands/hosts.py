@@ -16,7 +16,7 @@ from imagewatch.journal.forgetting import left_of
 from imagewatch.journal.opening import open_journal
 from imagewatch.system.errors import UsageError
 from imagewatch.system.exits import EXIT_FAILED
-from imagewatch.system.text import amount, printable
+from imagewatch.system.text import amount, counted, printable
 
 if TYPE_CHECKING:
     from imagewatch.config.schema import Config
@@ -29,7 +29,10 @@ _MOST_NAMES = 20
 @config_option
 @click.pass_context
 def hosts(context: click.Context, path: str | None) -> None:
-    """List the daemons that share the account; "status --all" shows more."""
+    """List the daemons that share the account.
+
+    "imagewatch status --all" shows more of each.
+    """
     if context.invoked_subcommand is not None:
         return
     page = account_page(load_config(path))
@@ -39,14 +42,16 @@ def hosts(context: click.Context, path: str | None) -> None:
 
 @hosts.command()
 @click.argument("name")
-@click.option("--yes", is_flag=True, help="Do it; without this option, it is only shown what would become of its jobs")
+@click.option("--yes", is_flag=True, help="Remove it; without this option, the command only shows what would happen")
 @config_option
 def forget(name: str, path: str | None, *, yes: bool) -> None:
     """Remove a daemon that does not come back.
 
-    What it has sent and of which no result is recorded counts as charged from then on (unknown charge), and is not
-    sent again. Prompts that it has claimed are in its own folders; in a common inbox other daemons take them over.
-    If it comes back after all, it continues its jobs.
+    NAME is its instance in "imagewatch hosts". With --yes, each of its requests without a result counts as an unknown
+    charge and is not sent again. Prompts that it has claimed are in its own folders; in a common inbox, other daemons
+    take them over. If it comes back after all, it continues its jobs.
+
+    Without --yes, nothing is changed, and the exit code is 1.
     """
     config = load_config(path)
     _require_shared(config)
@@ -67,15 +72,17 @@ def _require_shared(config: Config) -> None:
 
 def _show(left: Left, name: str, *, is_done: bool, is_common: bool) -> None:
     verb = "count" if is_done else "would count"
-    click.echo(f"{printable(name)}: {len(left.sent)} requests without a result {verb} as unknown charges.")
+    click.echo(f"{printable(name)}: {counted(len(left.sent), 'request')} without a result {verb} as unknown charges.")
     for job, source, reserved in left.sent[:_MOST_NAMES]:
         click.echo(f"  {printable(source)} (job {job}, at most {amount(reserved)} credits)")
     if len(left.sent) > _MOST_NAMES:
         click.echo(f"  and {len(left.sent) - _MOST_NAMES} more")
     if left.alone:
-        click.echo(f"{len(left.alone)} responses are only in its state folder, and are not published until it is back:")
+        click.echo(
+            f"Only in its state folder, and not published until it is back: {counted(len(left.alone), 'response')}."
+        )
         for job, source in left.alone[:_MOST_NAMES]:
             click.echo(f"  {printable(source)} (job {job})")
     if left.waiting:
-        becomes = "are taken over by the other daemons of the inbox" if is_common else "stay in its own folders"
-        click.echo(f"{left.waiting} prompts that were claimed and not sent {becomes}.")
+        where = "the other daemons of the inbox take them over" if is_common else "they stay in its own folders"
+        click.echo(f"Claimed and not sent: {counted(left.waiting, 'prompt')}; {where}.")

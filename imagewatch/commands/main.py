@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "again": ("submit", "Drop a finished prompt once more; it is charged again."),
     "check": ("check", "List what the daemon would do with each file, and every problem."),
-    "db": ("db", "Make and check the tables of a shared database."),
+    "db": ("db", "Create and check the tables of a shared database, and restore lost rows."),
     "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
     "gallery": ("gallery", "Write a web page of all images, costs and failures."),
     "history": ("history", "Show completed, refused and unknown jobs and their cost."),
-    "hold": ("hold", "Put the queue on hold: nothing more is sent."),
+    "hold": ("hold", "Put the queue on hold: this daemon sends nothing more."),
     "hosts": ("hosts", "List the daemons that share an account, or remove one."),
     "init": ("init", "Write a configuration file with comments."),
     "mcp": ("mcp", "Offer the folder to agents without a shell (MCP)."),
@@ -72,7 +72,9 @@ Exit codes:
   0   success
   1   a job failed (once, submit --wait, again --wait); a prompt was not put
       back (retry); a claimed prompt cannot go back because a newer file has
-      its name (once)
+      its name (once); nothing was changed without --yes, or something could
+      not be restored (hosts forget, db recover); the file system of a common
+      inbox is not good enough (check --shared)
   64  the command line is wrong
   69  on hold (once, status); the shared database cannot be used; submit,
       again: dropped, but not known to be finished; do not run it again
@@ -81,8 +83,9 @@ Exit codes:
       check the folders first
   74  a local disk is full, read-only or missing, or a job is stuck and is
       retried automatically (once)
-  75  another imagewatch uses this inbox; another submit --table drops rows
-      into this folder
+  75  another imagewatch uses this inbox; another daemon has this instance
+      name (run); a daemon of the inbox runs (db recover, migrate); another
+      submit --table drops rows into this folder
   78  the configuration is wrong"""
 
 

@@ -99,9 +99,11 @@ def _report(target: str, copied: Copied | None, kept: str) -> None:
         counts = ", ".join(f"{name} {count}" for name, count in copied.rows.items() if count) or "nothing"
         click.echo(f"The journal was moved {where}: {counts}; {amount(copied.credits)} credits.")
         if copied.known:
-            click.echo(f"{copied.known} of the attempts were there already.")
+            click.echo(f"Attempts that were there already: {copied.known}.")
         if copied.replaced:
-            click.echo(f"{copied.replaced} values were replaced, because the database cannot hold them as they are.")
+            click.echo(
+                f"Values that were replaced, because the database cannot hold them as they are: {copied.replaced}."
+            )
     if kept:
         click.echo(f"The old ledger is kept, and not used any more: {printable(kept)}")
     if target == moving.SQLITE:

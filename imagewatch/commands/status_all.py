@@ -1,4 +1,4 @@
-"""``imagewatch status --all``: all daemons of a shared account, as the database knows them."""
+"""``imagewatch status --all``: all daemons of a shared account, as the database has them."""
 
 from __future__ import annotations
 

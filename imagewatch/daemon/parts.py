@@ -91,7 +91,7 @@ class Parts:
         )
         self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
         self.admission.announcements.on_written = self.notifier.wake
-        self.admission.stores.on_database_back = self._doubt_jobs
+        self.admission.stores.on_database_back = self._recheck_jobs
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         self.status.events = self.journal.events
         tops = self.spool.tops
@@ -109,7 +109,7 @@ class Parts:
         opening.begin(self.config, self.journal, self.disk, replaces=self.control.accepts_ledger())
 
     def watch_account(self) -> None:
-        """Let other daemons of a shared account see this one, and hear of what concerns the account."""
+        """Report to a shared account that this daemon runs, and receive its notifications."""
         self.team.tick()
         opening.watch(
             self.journal,
@@ -119,7 +119,7 @@ class Parts:
             lambda: self.mailbox.put(Offered()),
         )
 
-    def _doubt_jobs(self) -> None:
+    def _recheck_jobs(self) -> None:
         """Note that jobs that were over may be open again: a server that crashed loses commits that were not synced."""
         self.is_recovered = self.is_recovered and not self.journal.file.is_shared
 

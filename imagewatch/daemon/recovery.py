@@ -1,4 +1,4 @@
-"""What an earlier process left behind: its jobs are carried on."""
+"""What an earlier process left behind: its jobs are continued."""
 
 from __future__ import annotations
 

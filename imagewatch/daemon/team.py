@@ -1,6 +1,6 @@
-"""The part of a daemon in an inbox that several daemons process: it leads or not, offers prompts, and takes jobs.
+"""What a daemon does in an inbox that several daemons process: as the leader it offers prompts; it takes jobs.
 
-Without a common inbox it does nothing: the daemon leads, and its own jobs are all there are. Belongs to the main
+Without a common inbox it does nothing: the daemon is the leader, and there are only its own jobs. Belongs to the main
 thread, except for ``tick``.
 """
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from imagewatch.protocol.values import Claim
 
 _REFRESH_SECONDS = 0.05
-"""How often the leader asks what was taken while prompts wait to be offered, seconds."""
+"""How often the leader reads what was taken while prompts wait to be offered, seconds."""
 _REST_SECONDS = 1.0
-"""The same while none does; and how often a daemon asks for offered jobs though it got no notification."""
+"""The same while no prompt waits; and how often a daemon reads which jobs are offered without a notification."""
 _AHEAD = 2
 """So many jobs are offered for each request that the daemons may send at the same time."""
 _MOST_TAKEN_OVER = 10
@@ -56,9 +56,9 @@ class Team:
     # In the thread that shows that the daemon runs
 
     def tick(self) -> None:
-        """Prolong the leases of this daemon's jobs, and lead if no other one does; errors show elsewhere.
+        """Prolong the leases of this daemon's jobs, and become the leader if there is none; errors show elsewhere.
 
-        A daemon that cannot scan lets another one lead. So does one whose main thread waits for a folder for long.
+        A daemon that cannot scan does not stay the leader, nor does one whose main thread waits for a folder for long.
         """
         if not self.is_on:
             return
@@ -79,7 +79,7 @@ class Team:
         leads = self._common.leads
         if leads != self._leads and self.is_on:
             self._leads = leads
-            _log.info("leads" if leads else "leads_no_more")
+            _log.info("leader_started" if leads else "leader_ended")
             self._read_at = -math.inf
             if leads:
                 self._parts.intake.scanner.soon()
@@ -91,7 +91,7 @@ class Team:
         return own.joined(self._names) if self.is_on else own
 
     def refresh(self) -> None:
-        """Ask which jobs there are, if that is due.
+        """Read which jobs there are, if that is due.
 
         Raises:
             SpoolError: The database cannot be used.
@@ -110,7 +110,7 @@ class Team:
                 self._parts.intake.scanner.soon(key)
 
     def tidy(self) -> None:
-        """Look for claim folders that no job has, if it is time for that; errors show elsewhere."""
+        """Find claim folders that no job has, if that is due; errors show elsewhere."""
         if self.is_on and self._leads and self._parts.now() >= self._tidied_at + self._common.lease_seconds:
             self._tidied_at = self._parts.now()
             if self._tidying is None or not self._tidying.is_alive():  # to read all result files may take long
@@ -122,7 +122,7 @@ class Team:
             self._parts.worker.tidy()
 
     def _count_slots(self) -> None:
-        """Ask how many requests the daemons send at the same time, if that is due."""
+        """Read how many requests the daemons send at the same time, if that is due."""
         if self._parts.now() >= self._counted_at + _REST_SECONDS:
             self._most = _AHEAD * max(self._common.slots(), 1)
             self._counted_at = self._parts.now()
@@ -173,7 +173,7 @@ class Team:
         self._can_scan = True
 
     def drain(self) -> None:
-        """Let another daemon lead as soon as possible: this one ends when its jobs are over."""
+        """Let another daemon become the leader as soon as possible: this one ends when its jobs are over."""
         self._is_draining = True
         if self.is_on:  # not in this thread: the database may not answer
             threading.Thread(target=self.tick, name="resign", daemon=True).start()
@@ -258,7 +258,7 @@ class Team:
         return self._parts.now() + interval
 
     def end(self) -> None:
-        """Let other daemons lead and carry on the jobs of this one."""
+        """Let other daemons become the leader and continue the jobs of this one."""
         if self.is_on:
             with contextlib.suppress(SpoolError):
                 self._common.resign()

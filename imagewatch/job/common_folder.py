@@ -209,7 +209,7 @@ def claim_inbox(path: str, disk: Disk, whose: Whose, *, is_common: bool, is_alon
 
 
 def _introduce(path: str, disk: Disk, whose: Whose) -> None:
-    """Write down whose it is, if it is nobody's yet: only possible while no daemon uses it."""
+    """Write down whose it is, if it has no owner yet: only possible while no daemon uses it."""
     try:
         file = lock(path, disk.tops)
     except AlreadyRunning:

@@ -165,7 +165,7 @@ class CommonSteps:
     # A job that another daemon has
 
     def lost(self, job: RunningJob) -> Outcome:
-        """End what this process does with a job that another daemon has, and hand over what only it knows.
+        """End what this process does with a job that another daemon has, and hand over what only this process has.
 
         Raises:
             SpoolError: The journal or the disk cannot be used.
@@ -195,7 +195,7 @@ class CommonSteps:
             _log.error("stuck", job=job, reason=why, next=_RECOVER)
 
     def tidy(self) -> None:
-        """Look for claim folders that no job has: of daemons that have died, or of jobs that the database has lost.
+        """Find claim folders that no job has: of daemons that were killed, or of jobs that the database has lost.
 
         What was claimed after its job was over goes back into the inbox. A job that the database has lost is written
         down again if it was sent, and is taken over then.

@@ -23,7 +23,7 @@ from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
 from imagewatch.system.folders import has_file
 from imagewatch.system.locks import lock
 from imagewatch.system.permissions import Permissions
-from imagewatch.system.text import printable
+from imagewatch.system.text import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -168,7 +168,8 @@ class JobFolders:
         require_tried(self.inbox, self._kinds.of(self.inbox))
         with disk_errors(self.claims, "list the folder"), contextlib.suppress(FileNotFoundError):
             if jobs := [name for name in self.tops.names(self.claims, folders=True) if JOB.fullmatch(name)]:
-                message = f"a daemon that had this inbox alone has left {len(jobs)} jobs in {printable(self.claims)}"
+                left = f"{counted(len(jobs), 'job')} in {printable(self.claims)}"
+                message = f"a daemon that had this inbox alone has left {left}"
                 hint = "start it once more without shared.inbox and let it finish them (imagewatch once)"
                 raise SpoolError(message, path=self.claims, code=errno.EBUSY, hint=hint)
 

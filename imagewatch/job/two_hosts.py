@@ -47,7 +47,7 @@ class Result(NamedTuple):
     why: str
 
 
-class _Said(msgspec.Struct):
+class _Message(msgspec.Struct):
     host: str = ""
     beats: int = 0
     at: float = 0.0
@@ -100,7 +100,7 @@ class TwoHosts:
                 why = f"none ran this command for this inbox within {self._meet_seconds:.0f} seconds; run it on both"
                 yield Result("bad", "other host", f"{why} at the same time")
                 return
-            yield Result("ok", "other host", f"{printable(self._hear('hello').host)} uses the same inbox")
+            yield Result("ok", "other host", f"{printable(self._read('hello').host)} uses the same inbox")
             yield from self._new_files()
             yield from self._renames()
             for leader in sorted((self._me, self._other)):  # each has both parts
@@ -118,7 +118,7 @@ class TwoHosts:
         """End; the leader removes what is left when the other one needs nothing of it any more."""
         self._sync("end")
         if not self._leads:
-            self._say("bye")
+            self._write("bye")
             self._made.clear()
             return
         with contextlib.suppress(_NoAnswerError):
@@ -126,24 +126,24 @@ class TwoHosts:
         with disk_errors(self._folder, "list the folder"):
             self._made += [self._path(name) for name in self._disk.tops.names(self._folder)]
 
-    # Talking
+    # Messages
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
 
-    def _say(self, name: str, said: _Said | None = None) -> None:
+    def _write(self, name: str, message: _Message | None = None) -> None:
         path = self._path(f"{name}.{self._me}")
-        self._disk.jot(path, msgspec.json.encode(said or _Said()))
+        self._disk.jot(path, msgspec.json.encode(message or _Message()))
         self._made += [path, f"{path}.tmp"]
 
-    def _hear(self, name: str, other: str = "") -> _Said:
+    def _read(self, name: str, other: str = "") -> _Message:
         path = self._path(f"{name}.{other or self._other}")
         with (
             contextlib.suppress(OSError, ValueError, msgspec.DecodeError),
             open(self._disk.tops.open_file(path, os.O_RDONLY), "rb") as file,
         ):
-            return msgspec.json.decode(file.read(_MOST_BYTES), type=_Said)
-        return _Said()
+            return msgspec.json.decode(file.read(_MOST_BYTES), type=_Message)
+        return _Message()
 
     def _until(self, what: str, condition: Callable[[], object]) -> None:
         end = time.monotonic() + self._step_seconds
@@ -152,30 +152,30 @@ class TwoHosts:
                 raise _NoAnswerError(what)
             self._wait(_POLL_SECONDS)
 
-    def _sync(self, step: str, said: _Said | None = None) -> _Said:
-        """Begin a step when the other one does; return what it said of the one before."""
-        self._say(step, said)
+    def _sync(self, step: str, message: _Message | None = None) -> _Message:
+        """Begin a step when the other one does; return its message of this step."""
+        self._write(step, message)
         self._until(step, lambda: self._disk.tops.exists(self._path(f"{step}.{self._other}")))
-        return self._hear(step)
+        return self._read(step)
 
     def _meet(self) -> bool:
-        """Find one that is there now: one of before does not count on."""
+        """Find one that runs now: the counter of an earlier one does not change."""
         beats, seen, end = 0, dict[str, int](), time.monotonic() + self._meet_seconds
         while time.monotonic() < end and not self._other:
             beats += 1
-            self._say("hello", _Said(host=socket.gethostname(), beats=beats, at=self._clock()))
+            self._write("hello", _Message(host=socket.gethostname(), beats=beats, at=self._clock()))
             with disk_errors(self._folder, "list the folder"):
                 names = self._disk.tops.names(self._folder)
             for name in sorted(names):
                 kind, _, other = name.partition(".")
                 if kind == "hello" and "." not in other and other != self._me:
-                    heard = self._hear("hello", other).beats
-                    if heard > seen.setdefault(other, heard):
+                    found = self._read("hello", other).beats
+                    if found > seen.setdefault(other, found):
                         self._other = other
             self._wait(_POLL_SECONDS)
-        for _ in range(3 if self._other else 0):  # so that the other one sees that this one counts on
+        for _ in range(3 if self._other else 0):  # so that the other one sees this counter change
             beats += 1
-            self._say("hello", _Said(host=socket.gethostname(), beats=beats, at=self._clock()))
+            self._write("hello", _Message(host=socket.gethostname(), beats=beats, at=self._clock()))
             self._wait(4 * _POLL_SECONDS)
         return bool(self._other)
 
@@ -193,7 +193,7 @@ class TwoHosts:
             if self._create(number):
                 won.append(number)
             self._wait(_PACE_SECONDS)
-        theirs = self._sync("created", _Said(won=won)).won
+        theirs = self._sync("created", _Message(won=won)).won
         both, none = set(won) & set(theirs), set(range(_FILES)) - set(won) - set(theirs)
         if both or none:
             why = f"of {_FILES} files, {len(both)} were created by both hosts and {len(none)} by none"
@@ -228,7 +228,7 @@ class TwoHosts:
                 slowest = max(slowest, (time.monotonic() - began) / 2)
             with disk_errors(names[number], "rename"):
                 self._disk.rename(names[number], names[number + 1])
-        theirs = self._sync("turned", _Said(at=self._clock())).at
+        theirs = self._sync("turned", _Message(at=self._clock())).at
         skew = abs(self._clock() - theirs)
         verdict: Literal["ok", "warn"] = "warn" if slowest > _SLOW_SECONDS else "ok"
         yield Result(verdict, "rename", f"a rename on the other host is seen after {slowest:.1f} s at most")
@@ -236,7 +236,7 @@ class TwoHosts:
 
     def _clocks(self, skew: float, delay: float) -> Result:
         path = self._path(f"clock.{self._me}")
-        self._say("clock")
+        self._write("clock")
         with disk_errors(path, "check the file"):
             server = abs(self._clock() - self._disk.tops.lstat(path).st_mtime)
         why = f"the clocks of the hosts differ by {skew:.1f} s (measured to {delay + _POLL_SECONDS:.1f} s), "

@@ -24,7 +24,7 @@ The modules, in the order in which they are read::
     requests what commands ask of a daemon, and the holds that last over a restart
     control  the file that wakes the daemon for them
     postgres the shared database, in the place of SQLite's file
-    forgetting what becomes of the jobs of a daemon that does not come back
+    forgetting what happens to the jobs of a daemon that does not come back
     moving   moves the journal of a stopped daemon between its state folder and a shared database
     lost_rows  what a shared database has lost, written again
     common   one inbox that several daemons process: who scans it, who has which job

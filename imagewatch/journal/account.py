@@ -4,7 +4,7 @@ A hold of the account (``Kind.is_shared``) is one row for all daemons. The trans
 it, with the account's row locked. So there is one probe at a time over all hosts: the row names the job that may be
 sent, and until when no other one may. The times are those of the database's clock.
 
-Each change concerns a single row. A daemon never replaces the holds by those that it knows.
+Each change concerns a single row. A daemon never replaces the holds by those that it has read before.
 
 Without a shared database there is nothing here: ``is_on`` is false, and the holds are those of the one daemon.
 """

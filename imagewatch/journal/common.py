@@ -3,10 +3,10 @@
 One daemon of the inbox, the leader, scans it and writes a row for each prompt that may be claimed. Every daemon, the
 leader too, takes rows. A row is held for a time (the lease) that its daemon prolongs. When the lease of a job has
 ended, another daemon takes the job over, with the next epoch: the number in the name of its claim folder, so that an
-earlier holder that wakes up finds no folder.
+earlier holder that continues later finds no folder.
 
 None of that decides whether a request is sent: ``Journal.spend`` does, and an attempt without a result is never sent by
-another daemon, whatever the clocks say. Leases decide only when another daemon has a look.
+another daemon, whatever the clocks say. Leases decide only when another daemon takes a job over.
 
 Without a common inbox there is nothing here: ``is_on`` is false.
 """
@@ -226,7 +226,7 @@ class Common:
         return self._file.change(act, synced=False)
 
     def names(self) -> tuple[set[tuple[str, str]], int]:
-        """Return folder and stem of each job that is not over, and how many jobs nobody has taken yet.
+        """Return folder and stem of each job that is not over, and how many jobs no daemon has taken yet.
 
         Raises:
             SpoolError: The database cannot be used.

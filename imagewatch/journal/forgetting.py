@@ -1,4 +1,4 @@
-"""What becomes of the jobs of a daemon of a shared account that does not come back."""
+"""What happens to the jobs of a daemon of a shared account that does not come back."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A state folder belongs to one of the two. The file ``shared`` in it names the daemon of a shared database whose jobs the
 folder has; without that file it belongs to ``ledger.sqlite3``. A daemon that would use the other one is refused: it
-would count no request of before, and would not carry on its jobs.
+would count no request of before, and would not continue its jobs.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def require_same_names(member: Member, config: Config) -> None:
 
 
 def begin(config: Config, journal: Journal, disk: Disk, *, replaces: bool = False) -> None:
-    """Let a shared database know that the daemon of a configuration starts; without one there is nothing to do.
+    """Record in a shared database that the daemon of a configuration starts; without one there is nothing to do.
 
     Args:
         config: State folder, shared database.

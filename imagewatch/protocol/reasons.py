@@ -211,7 +211,7 @@ RESPONSES = (
         "no",
         Reaction.WAIT,
         Others.DISK,
-        next="to see the cause, run: imagewatch db check; the daemon resumes automatically",
+        next="to see the cause, run: imagewatch check; the daemon resumes automatically",
         seconds=DISK_SECONDS,
     ),
     Kind(

@@ -53,6 +53,11 @@ def amount(value: float) -> str:
     return f"{value:.10g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural except for 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def to_json(value: object, **options: Any) -> str:  # noqa: ANN401  those of json.dumps
     """Return a value as JSON that every program can read: a number that JSON does not have (``inf``, ``nan``) is null.
 

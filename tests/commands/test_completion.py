@@ -91,9 +91,14 @@ def test_the_manual_page_matches_the_commands():
     """After a change of commands or options: ``make man``."""
     done = subprocess.run([sys.executable, ROOT / "man/make.py"], capture_output=True, text=True, check=True)
     assert done.stdout == PAGE.read_text()
-    for name in COMMANDS:
-        (section,) = re.findall(rf'^\.SS "imagewatch {name} .*?(?=^\.S)', done.stdout, re.MULTILINE | re.DOTALL)
-        for part in load_command(name).params:
+    commands = {name: load_command(name) for name in COMMANDS}
+    groups = {name: one for name, one in commands.items() if isinstance(one, click.Group)}
+    assert set(groups) == {"db", "hosts"}
+    commands |= {f"{name} {inner}": one.commands[inner] for name, one in groups.items() for inner in one.commands}
+    for name, one in commands.items():
+        start = rf'^\.SS "imagewatch {name} \[OPTIONS\]'
+        (section,) = re.findall(rf"{start}.*?(?=^\.S)", done.stdout, re.MULTILINE | re.DOTALL)
+        for part in one.params:
             if isinstance(part, click.Option) and part.name != "path":
                 assert part.opts[-1].replace("-", "\\-") in section
 

@@ -141,7 +141,7 @@ def test_the_tables_and_a_daemon_of_the_compose_file_work_with_a_password_in_the
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
     made = run(*compose["services"]["tables"]["command"][1:])
-    assert (made.returncode, made.stdout) == (0, "The tables were made.\n"), made.stderr
+    assert (made.returncode, made.stdout) == (0, "The tables were created.\n"), made.stderr
     checked = run("db", "check")
     assert (checked.returncode, checked.stdout) == (0, "ok: the account main; this daemon is one\n")
     (tmp_path / "watched/inbox").mkdir(parents=True)

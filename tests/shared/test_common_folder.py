@@ -160,7 +160,7 @@ def test_an_inbox_with_jobs_of_a_daemon_that_had_it_alone_is_refused(team: Calla
     (one.inbox / ".imagewatch" / ("0" * 16)).mkdir(parents=True, mode=0o700)
     refused = Running(one, "run")
     assert refused.wait() == 74, refused.output
-    assert "1 jobs" in refused.output
+    assert "1 job in" in refused.output
 
 
 def test_what_another_daemon_tries_out_now_is_not_removed_and_what_was_left_is(

@@ -116,7 +116,7 @@ def test_the_whole_journal_goes_into_the_database_and_comes_back(
     folders.prompt("pig", "a pig")
     assert moving.once(shared=False) == 0
 
-    assert "5 of the attempts were there already" in moving.run("migrate", "--to", "postgresql").stdout
+    assert "Attempts that were there already: 5." in moving.run("migrate", "--to", "postgresql").stdout
     assert moving.in_database("SELECT count(*) FROM imagewatch.attempts") == [(6,)]
     assert moving.once(shared=True) == 0
     assert sandbox.report()["requests"] == 5  # the bad one was not sent

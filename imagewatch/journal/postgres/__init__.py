@@ -9,8 +9,8 @@ The modules, in the order in which they are read::
     session   one connection: its settings, queries in our spelling, rows
     checks    whether a server can be used: durability, version of the tables, no pooler
     faults    the errors
-    presence  that a daemon is seen, and hears of what concerns its account
-    tables    makes and updates the tables
+    presence  reports that a daemon runs, and receives notifications about its account
+    tables    creates and updates the tables
     converting  values of SQLite as its columns can hold them
     sums      compares what follows from attempts in both stores
     copying   copies a journal from SQLite and back

@@ -65,7 +65,7 @@ def problems(session: Session, *, is_replicated: bool, with_tables: bool = True)
 def _tables(session: Session) -> list[tuple[str, str]]:
     version = version_of(session)
     if not version:
-        return [("has no tables of imagewatch", "make them: imagewatch db init")]
+        return [("has no tables of imagewatch", "create them: imagewatch db init")]
     if version < VERSION:
         return [(f"has tables of an older version ({version})", "imagewatch db upgrade, while all daemons are stopped")]
     if version > VERSION:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from imagewatch.journal.postgres.place import Place
 
 _PATIENCE = ANSWER_SECONDS + 5.0
-"""How long a thread waits for what it wants to be written, seconds."""
+"""How long a thread waits until its change is written, seconds."""
 _CLOSE_SECONDS = 3.0
 """How long the end of a daemon waits for what is being written, seconds: a database that hangs must not delay it."""
 _REST = 2.0
@@ -77,7 +77,7 @@ T = TypeVar("T")
 
 
 class _Change:
-    """Something that a thread wants to write.
+    """A change that a thread asks for.
 
     Attributes:
         value: What ``act`` returned.
@@ -101,7 +101,7 @@ class PostgresDatabase:
 
     Args:
         place: Which database, account, inbox and instance.
-        patience: How long a thread waits for what it wants to be written, seconds.
+        patience: How long a thread waits until its change is written, seconds.
 
     Attributes:
         incarnation: Which start of the daemon this is; 0: of a command, which is not compared.

@@ -12,8 +12,8 @@ from imagewatch.system.text import printable
 
 _CHECK = "check the server and the network (imagewatch db check); the daemon resumes automatically"
 _CAUSES: dict[type[psycopg.Error], tuple[str, str]] = {
-    psycopg.errors.UndefinedTable: ("has no tables of imagewatch", "make them: imagewatch db init"),
-    psycopg.errors.InvalidSchemaName: ("has no tables of imagewatch", "make them: imagewatch db init"),
+    psycopg.errors.UndefinedTable: ("has no tables of imagewatch", "create them: imagewatch db init"),
+    psycopg.errors.InvalidSchemaName: ("has no tables of imagewatch", "create them: imagewatch db init"),
     psycopg.errors.DuplicatePreparedStatement: (
         "is behind a pooler that shares its connections between transactions",
         "connect to PostgreSQL itself, or set pool_mode = session for this database",

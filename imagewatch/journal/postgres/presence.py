@@ -1,4 +1,4 @@
-"""That a daemon is there: it is seen in the database, and hears of what concerns its account.
+"""Reports that a daemon runs, and receives notifications about its account.
 
 A thread of its own, with a connection of its own. What it misses while that is lost is asked for when it is back, and
 regularly. Nothing depends on it except for how soon something is noticed.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _RETRY_SECONDS = 5.0
 _STEP_SECONDS = 1.0
-"""How often the thread looks whether it is to end, seconds."""
+"""How often the thread checks whether it is to end, seconds."""
 _SEEN = """
     UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()), status = ?, slots = ?,
         ended_at = NULL, forgotten_at = NULL

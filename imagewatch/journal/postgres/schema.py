@@ -315,7 +315,7 @@ def version_of(connection: Connection) -> int:
 
 
 def install(connection: Connection) -> None:
-    """Make the tables; in a transaction of the caller."""
+    """Create the tables, in a transaction of the caller."""
     connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
     connection.execute(f"CREATE SCHEMA IF NOT EXISTS {VIEWS}")
     connection.execute(f"SET LOCAL search_path = {SCHEMA}")

@@ -1,4 +1,4 @@
-"""Makes the tables in a database, and updates those of an earlier version."""
+"""Creates the tables in a database, and updates those of an earlier version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imagewatch.journal.postgres.place import Place
 
 _LOCK = "SELECT pg_advisory_xact_lock(7302041955123)"
-"""So that two do not make the tables at the same time; the number is arbitrary."""
+"""So that two do not create the tables at the same time; the number is arbitrary."""
 
 
 @contextlib.contextmanager
@@ -32,10 +32,10 @@ def _session(place: Place) -> Iterator[Session]:
 
 
 def initialize(place: Place) -> bool:
-    """Make the tables.
+    """Create the tables.
 
     Returns:
-        Whether they were made; else they are there already.
+        Whether they were created; else they are there already.
 
     Raises:
         DatabaseError: The server cannot be used, or its tables are of another version.
