@@ -17,7 +17,7 @@ from imagewatch.job.spool import Spool
 from imagewatch.journal import moving
 from imagewatch.journal.opening import open_journal
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import ConfigError, Problem, SpoolError
+from imagewatch.system.errors import ConfigError, Problem, SpoolError, UsageError
 from imagewatch.system.text import amount, printable, to_json
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def migrate(path: str | None, target: str, *, as_json: bool) -> None:
     if not config.shared.database:
         hint = 'name the database there, for example database = "service=imagewatch"'
         raise ConfigError([Problem("shared.database", "is not set", hint)], source=config.source)
+    if config.shared.inbox:
+        hint = "finish all jobs, then remove shared.inbox and run this again"
+        raise UsageError("shared.inbox is set: other daemons have jobs of this inbox", hint=hint)
     kept = ""
     with naming_source(config), _locked(config):
         if target == moving.POSTGRESQL:

@@ -172,8 +172,8 @@ class Parts:
         """Stop watching and close what is open."""
         self.intake.stop()
         self.client.close()
-        self.team.end()
         opening.end(self.journal)
+        self.team.end()
         self.journal.close()
 
 

@@ -47,6 +47,7 @@ class Team:
         self._offered, self._most = 0, 0
         self._read_at = self._took_at = self._tidied_at = self._counted_at = -math.inf
         self._leads = False
+        self._tidying: threading.Thread | None = None
         self._offers: dict[str, Claim] = {}
         self._may_be_more = True
         # Set in the main thread, and read in the one of ``tick``.
@@ -63,7 +64,8 @@ class Team:
             return
         is_able = self._can_scan and self._parts.now() - self._passed_at < self._common.lease_seconds
         with contextlib.suppress(SpoolError):
-            self._common.renew()
+            if is_able:  # else others may take over what it has
+                self._common.renew()
             if is_able and not self._is_draining:
                 self._common.lead()
             elif self._common.leads:
@@ -111,8 +113,13 @@ class Team:
         """Find claim folders that no job has, if that is due; errors show elsewhere."""
         if self.is_on and self._leads and self._parts.now() >= self._tidied_at + self._common.lease_seconds:
             self._tidied_at = self._parts.now()
-            with contextlib.suppress(SpoolError):
-                self._parts.worker.tidy()
+            if self._tidying is None or not self._tidying.is_alive():  # to read all result files may take long
+                self._tidying = threading.Thread(target=self._tidy, name="tidy", daemon=True)
+                self._tidying.start()
+
+    def _tidy(self) -> None:
+        with contextlib.suppress(SpoolError):
+            self._parts.worker.tidy()
 
     def _count_slots(self) -> None:
         """Read how many requests the daemons send at the same time, if that is due."""

@@ -66,6 +66,7 @@ class CommonSteps:
         self._longest = deadline_seconds + _GRACE_SECONDS
         self._clock = clock
         self._orphans: set[str] = set()
+        self._published: set[str] | None = None
         self.is_on = self._common.is_on
 
     # Who has it
@@ -79,6 +80,8 @@ class CommonSteps:
         if not self.is_on:
             return True
         found = self._common.where(job)
+        if found is not None and found[0] == self._common.instance and found[1] and not self._common.epoch(job):
+            self._common.set_epoch(job, found[1])  # that it was taken was not known for certain
         return found is None or found[0] == self._common.instance
 
     def has_lost(self, job: str) -> bool:
@@ -168,17 +171,28 @@ class CommonSteps:
             SpoolError: The journal or the disk cannot be used.
         """
         _log.warning("job_lost", reason="another daemon has taken it over")
-        fate = self._sending.known(job.id)
-        if fate is not None and fate.left is Left.NOTHING:
-            if self._common.unsent(job.id, fate.attempt, fate.row.nonce):
-                _log.info("late_result", job=job.id)
-        elif fate is not None and fate.left is Left.PART and not fate.is_saved:
-            self._sending.prove(job.record, fate)
-        self._sending.forget(job.id)
         place = self._common.place(job.id)
         if (epoch := self._common.epoch(job.id)) and place is not None and place.state == "done":
             self._handover.give_back_late(f"{job.id}.{epoch}", job.claim.folder)  # claimed when that was over already
         return self.hand_over(job.id)
+
+    def _report_fate(self, job: str, record: Record) -> None:
+        """Record what only this process knows of a request of a job that another daemon has."""
+        fate = self._sending.known(job)
+        if fate is not None and fate.left is Left.NOTHING:
+            self._journal.unsent(job, fate.attempt, fate.row.nonce)  # also if it is not certain that it was written
+            if self._common.unsent(job, fate.attempt, fate.row.nonce):
+                _log.info("late_result", job=job)
+            self._spool.disk.unlink(record.path(f"answer.{fate.attempt}.part"))
+        elif fate is not None and fate.left is Left.PART and not fate.is_saved:
+            self._sending.prove(record, fate)
+        self._sending.forget(job)
+
+    def report_unknown(self, job: str, why: str) -> None:
+        """Log once that only a person can continue a job; its files stay."""
+        if job not in self._orphans:
+            self._orphans.add(job)
+            _log.error("stuck", job=job, reason=why, next=_RECOVER)
 
     def tidy(self) -> None:
         """Find claim folders that no job has: of daemons that were killed, or of jobs that the database has lost.
@@ -189,10 +203,17 @@ class CommonSteps:
         Raises:
             SpoolError: The disk failed.
         """
+        self._published = None
         for name, epoch in self._handover.claimed().items():
             if not self._common.epoch(name.partition(".")[0]):
                 with contextlib.suppress(SpoolError):  # the next time
                     self._tidy(name, epoch)
+
+    def _ended(self) -> set[str]:
+        """Return the jobs that have a result file; they are read once for each time of tidying up."""
+        if self._published is None:
+            self._published = {result.claim.job for result in result_files(self._spool)}
+        return self._published
 
     def _tidy(self, name: str, epoch: int) -> None:
         job = name.partition(".")[0]
@@ -204,7 +225,7 @@ class CommonSteps:
         if name in self._orphans:
             return
         claims = [(witness, witness.claim) for witness in self._handover.witnesses(job, name) if witness.claim]
-        if not claims or any(result.claim.job == job for result in result_files(self._spool)):
+        if not claims or job in self._ended():
             self._orphans.add(name)
             path = printable(os.path.join(self._spool.claims, name))
             why = f"{path} is the claim folder of a job that is not in the shared database"
@@ -220,6 +241,7 @@ class CommonSteps:
             SpoolError: The journal or the disk cannot be used.
         """
         record = self._spool.record(job)
+        self._report_fate(job, record)
         found = self._common.where(job)
         holder, epoch, state = found or ("", 0, "")
         if holder == self._common.instance and state != "done":  # its lease had ended, and this daemon has it again
@@ -235,10 +257,9 @@ class CommonSteps:
             if not (unrecorded := self._common.open_attempts(job, record.responses())):
                 for name in record.names():
                     self._spool.disk.unlink(record.path(name))
-            elif job not in self._orphans:  # it may be paid for: the files stay
-                self._orphans.add(job)
+            else:  # it may be paid for: the files stay
                 why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no record"
-                _log.error("stuck", job=job, reason=why, next=_RECOVER)
+                self.report_unknown(job, why)
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
         if holder and record.responses():

@@ -114,9 +114,13 @@ class Originals:
             return True
         if not self.may_be_claimed(source):
             return False
+        is_common = self._folders.journal.common.is_on
+        if is_common and self._folders.tops.exists(target):
+            return False
         try:
             with disk_errors(source, "move the file out of the inbox"):
-                self._disk.rename(source, target)
+                # In a common inbox one act: of two, a late second one would concern a newer file of this name.
+                (self._disk.replace if is_common else self._disk.rename)(source, target)
         except SpoolError as error:
             if isinstance(error.__cause__, FileNotFoundError | FileExistsError):
                 return False

@@ -79,7 +79,8 @@ class Spool(JobFolders):
         self.journal.forget_old()
         self._drop_twins(own)
         self._take_again(own)
-        return [*own, *sorted(answered.difference(own))]  # of the others, a response may be known only here
+        # Of the others, a response may be known only here.
+        return [*own, *(job for job in sorted(answered.difference(own)) if not self.journal.common.keeps(job))]
 
     def _take_again(self, unfinished: list[str]) -> None:
         """Move originals that a power cut has put back to where they belong, and remove those of jobs that are over."""
@@ -132,7 +133,8 @@ class Spool(JobFolders):
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that are not over, the oldest first, then those of which only files are left."""
         if self.journal.common.is_on:
-            return self.journal.unfinished()
+            own = self.journal.common.own()  # also those of which it was not known that they were taken
+            return [job for job in self.journal.unfinished() if job in own]
         known, claimed = self.journal.unfinished(), set(self._earlier.left())
         with disk_errors(self.claims, "list the folder"):
             if self.has_claims():

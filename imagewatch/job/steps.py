@@ -126,7 +126,11 @@ class Steps:
                 hint="restore the ledger from a backup; or, only if you accept a possible second charge, touch the "
                 f"files in {folder} and move them back into the inbox",
             )
-        self._spool.forget(self._spool.record(job_id))
+        record = self._spool.record(job_id)
+        if self.common.is_on and record.responses() and not self._journal.is_over(job_id):
+            self.common.report_unknown(job_id, "the shared database does not know the job of a saved response")
+            return Outcome(job_id, End.NOTHING)
+        self._spool.forget(record)
         return Outcome(job_id, End.NOTHING)
 
     # Delivering and forgetting

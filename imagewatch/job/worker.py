@@ -164,6 +164,12 @@ class Worker:
         with names, self._spool.working_on(job.id) as job.hold_claim:
             try:
                 outcome = self._take_steps(job)
+            except LostJobError:
+                outcome = self._steps.common.lost(job)
+            except (SpoolError, FileExistsError):
+                if not self._steps.common.has_lost(job.id):
+                    raise
+                outcome = self._steps.common.lost(job)  # another daemon has moved its folder
             finally:
                 self._spool.delivery.expect_no_more(job.id)
         if outcome.end is not End.DEFERRED:
@@ -172,20 +178,16 @@ class Worker:
 
     def _take_steps(self, job: RunningJob) -> Outcome:
         for _ in range(_MOST_STEPS):
+            with _local_disk():
+                self._read_state(job)
+            step = next_step(job.state)
+            _log.debug("step", step=step.name.lower())
+            if step is Step.DONE:
+                break
             try:
                 with _local_disk():
-                    self._read_state(job)
-                step = next_step(job.state)
-                _log.debug("step", step=step.name.lower())
-                if step is Step.DONE:
-                    break
-                with _local_disk():
                     outcome = self._steps.take(step, job)
-            except LostJobError:
-                return self._steps.common.lost(job)
             except (SpoolError, FileExistsError):
-                if self._steps.common.has_lost(job.id):  # another daemon has moved its folder
-                    return self._steps.common.lost(job)
                 raise
             except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others
                 _log.exception("internal_error", next="report this as a bug")

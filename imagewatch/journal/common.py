@@ -375,6 +375,15 @@ class Common:
             row = connection.execute(_WHERE, (job,)).fetchone()
         return None if row is None else (row["holder"], row["epoch"], row["state"])
 
+    def keeps(self, job: str) -> bool:
+        """Return whether this daemon keeps a job for ``imagewatch retry``.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        found = self.where(job)
+        return found is not None and found[0] == self.instance and found[2] == "kept"
+
     # Responses
 
     def sent_by(self, job: str, attempt: int) -> SentBy | None:

@@ -33,6 +33,10 @@ _FINISH = (
 )
 
 
+_UNKNOWN_SECONDS = 365 * 86_400.0
+"""The same for one in a common inbox whose charge is unknown: the daemon that sent it may come back."""
+
+
 class JobRows(abc.ABC):
     """What the journal has of jobs. ``Journal`` adds what is spent and decided.
 
@@ -91,8 +95,9 @@ class JobRows(abc.ABC):
 
     def forget_old(self) -> None:
         """Forget jobs that are over for long."""
-        old = "DELETE FROM jobs WHERE state = 'done' AND ended_at < ?"
-        self._file.change(lambda one: one.execute(old, (self._clock() - _OVER_SECONDS,)), synced=False)
+        old = "DELETE FROM jobs WHERE state = 'done' AND ended_at < ? AND (decision = '' OR ended_at < ?)"
+        values = self._clock() - _OVER_SECONDS, self._clock() - _UNKNOWN_SECONDS
+        self._file.change(lambda one: one.execute(old, values), synced=False)
 
     def is_over(self, job: str) -> bool:
         """Return whether a job is known and over."""

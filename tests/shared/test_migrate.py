@@ -234,6 +234,10 @@ def test_each_reason_to_refuse_names_the_next_action_and_changes_nothing(mover: 
     done = command(moving.folders, "migrate", "--to", "postgresql")
     assert done.returncode == 78
     assert "shared.database: is not set" in done.stderr
+    moving.shared["IMAGEWATCH_SHARED__INBOX"] = "common"
+    for target in ("postgresql", "sqlite"):
+        assert "other daemons have jobs of this inbox" in moving.run("migrate", "--to", target, code=64).stderr
+    del moving.shared["IMAGEWATCH_SHARED__INBOX"]
 
     other = mover("other")
     other.use(shared=True).prompt("dog", "a dog")

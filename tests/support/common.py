@@ -118,6 +118,13 @@ class Inbox:
         question = "SELECT id, state, holder, epoch FROM imagewatch.jobs WHERE state NOT IN ('done', 'kept') "
         return self.rows(f"{question} AND inbox = '{self.name}'")
 
+    def kept(self) -> set[str]:
+        """The jobs that were paid for and gave no image: their responses stay for ``imagewatch retry``."""
+        return {
+            job
+            for (job,) in self.rows(f"SELECT id FROM imagewatch.jobs WHERE state = 'kept' AND inbox = '{self.name}'")
+        }
+
     def attempts(self) -> list[Any]:
         question = "SELECT a.job, a.attempt, a.outcome, a.charged FROM imagewatch.attempts AS a "
         return self.rows(f"{question} WHERE a.inbox = '{self.name}' ORDER BY a.claimed_at, a.job, a.attempt")
@@ -142,7 +149,8 @@ class Inbox:
         left += [name for name in claimed if name not in {"lock", ".imagewatch-claims"} and ".iw-probe" not in name]
         temporary = [path for path in below(folders.root) if path.name.startswith(".iw-")]
         left += [str(path) for path in temporary if not path.name.startswith((".iw-status", ".iw-probe"))]
-        return left + self.local()
+        kept = self.kept()
+        return [one for one in left + self.local() if not any(job in one for job in kept)]
 
     def settle(self, timeout: float = 40.0) -> None:
         """Wait until nothing is left to do, for some time."""
@@ -178,10 +186,14 @@ class Inbox:
             assert folders.names("errors") == []
             assert folders.names("archive") == [f"{stem}.prompt.txt"]
             return "outbox"
+        assert folders.names("outbox") == []
+        if self.kept():  # a part of the response had arrived
+            assert folders.error(stem)["charged"] == "yes"
+            assert outcomes == ["completed"]
+            return "errors"
         assert folders.error(stem)["charged"] == "unknown"
         assert "completed" not in outcomes
         assert outcomes.count("unknown") == 1, attempts
-        assert folders.names("outbox") == []
         assert folders.names("errors") == [f"{stem}.error.toml", f"{stem}.prompt.txt"]
         return "errors"
 

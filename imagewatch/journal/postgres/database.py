@@ -130,6 +130,7 @@ class PostgresDatabase:
         self._offset: float | None = None
         self._lease = 60.0
         self._presence: Presence | None = None
+        self._replaced = threading.Event()
         self._recorded = 0
         self._note: Callable[[int], object] = lambda _: None
 
@@ -146,6 +147,7 @@ class PostgresDatabase:
         Raises:
             DatabaseError: The database cannot be used; the message says why.
         """
+        self._require_not_replaced()
         with self._read_lock:
             began = time.monotonic()
             try:
@@ -198,6 +200,7 @@ class PostgresDatabase:
 
     def change(self, act: Callable[[Connection], T], *, synced: bool = True, locked: bool = False) -> T:
         """Write something; see ``Database.change``."""
+        self._require_not_replaced()
         change = _Change(act, synced=synced, locked=locked)
         with self._state:
             self._require_answering()
@@ -212,6 +215,10 @@ class PostgresDatabase:
         if change.error is not None:
             raise change.error
         return cast("T", change.value)
+
+    def _require_not_replaced(self) -> None:
+        if self._replaced.is_set():
+            raise replaced()
 
     def _require_answering(self) -> None:
         if self._busy_since is not None and (seconds := time.monotonic() - self._busy_since) > self._patience:
@@ -447,10 +454,15 @@ class PostgresDatabase:
             on_offer: Called in another thread when a prompt of the inbox is offered.
         """
         interval = min(self._lease / 4, _SEEN_SECONDS)
-        self._presence = Presence(self.place, self.incarnation, interval, page, tick, on_change, on_offer)
+        self._presence = Presence(
+            self.place, self.incarnation, interval, page, tick, on_change, on_offer, self._replaced.set
+        )
 
     def unregister(self) -> None:
         """Note that the daemon ends."""
+        if self._presence is not None:
+            self._presence.close()
+            self._presence = None
         if self.incarnation:
             with contextlib.suppress(SpoolError):
                 self.change(lambda connection: connection.execute(_ENDED, (self.incarnation,)), synced=False)

@@ -26,9 +26,14 @@ _RETRY_SECONDS = 5.0
 _STEP_SECONDS = 1.0
 """How often the thread checks whether it is to end, seconds."""
 _SEEN = """
-    UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()), status = ?, slots = ?
+    UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()), status = ?, slots = ?,
+        ended_at = NULL, forgotten_at = NULL
     WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
     AND incarnation = ?"""
+
+_NEWER = """
+    SELECT 1 FROM imagewatch.instances WHERE account = current_setting('imagewatch.account')
+    AND name = current_setting('imagewatch.instance') AND incarnation > ?"""
 
 
 class Presence:
@@ -42,6 +47,7 @@ class Presence:
         tick: Called each time.
         on_change: Called when something of the account may have changed.
         on_offer: Called when a prompt of the inbox is offered.
+        on_replaced: Called when another daemon was started with the same name.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Presence:
         tick: Callable[[], object],
         on_change: Callable[[], object],
         on_offer: Callable[[], object],
+        on_replaced: Callable[[], object],
     ) -> None:
         self._place = place
         self._incarnation = incarnation
@@ -60,6 +67,7 @@ class Presence:
         self._page = page
         self._tick = tick
         self._on_change = on_change
+        self._on_replaced = on_replaced
         self._calls = {(CHANNEL, place.account): on_change, (OFFERS, f"{place.account}\n{place.inbox}"): on_offer}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
@@ -86,7 +94,10 @@ class Presence:
         self._on_change()
         while not self._end.is_set():
             self._tick()
-            session.execute(_SEEN, (*self._page(), self._incarnation))
+            if not session.execute(_SEEN, (*self._page(), self._incarnation)).rowcount:
+                newer = session.execute(_NEWER, (self._incarnation,)).fetchone()
+                if newer is not None:
+                    self._on_replaced()
             self._on_change()
             until = time.monotonic() + self._interval
             while (left := until - time.monotonic()) > 0 and not self._end.is_set():
