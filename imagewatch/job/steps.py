@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from imagewatch.protocol.values import Claim
 
 _RETURN_SECONDS = 5.0
+_UNKNOWN_SECONDS = 10.0
+"""How often it is asked whether another daemon has written the row of a job again."""
 _log = structlog.get_logger()
 
 
@@ -129,7 +131,7 @@ class Steps:
         record = self._spool.record(job_id)
         if self.common.is_on and record.responses() and not self._journal.is_over(job_id):
             self.common.report_unknown(job_id, "the shared database does not know the job of a saved response")
-            return Outcome(job_id, End.NOTHING)
+            return Outcome(job_id, End.DEFERRED, delay=_UNKNOWN_SECONDS, needs_nothing=True)
         self._spool.forget(record)
         return Outcome(job_id, End.NOTHING)
 

@@ -171,7 +171,7 @@ def tried(world: Inbox, number: int, by: str) -> tuple[str, str]:
 
 POINTS = {
     "take": "after journal Common._taken",
-    "claim": "rename|/.imagewatch/|.prompt.txt",
+    "claim": "replace|/.imagewatch/|.prompt.txt",
     "spend": "after journal Journal.spend",
     "first byte": "first byte",
     "response": "response",
