@@ -93,9 +93,9 @@ class Inbox:
         self.members[name] = made = Member(self.root, name, base, uri, self.name, **given)
         return made
 
-    def run(self, member: Member, *, stop_before: str = "", by: str = "kill") -> LoggedDaemon:
+    def run(self, member: Member, *, stop_before: str = "", by: str = "kill", kill_before: str = "") -> LoggedDaemon:
         """Start the daemon of a member."""
-        member.environ |= {"STOP_BEFORE": stop_before, "STOP_BY": by}
+        member.environ |= {"STOP_BEFORE": stop_before, "STOP_BY": by, "KILL_BEFORE": kill_before}
         for path in self.root.glob(f"{member.steps_file.name}*"):
             path.unlink()
         self.daemons.append(LoggedDaemon(Running(member, script=RUNNER)))

@@ -5,6 +5,7 @@ response. Each is written to a file, one a line, so that a test sees where the p
 
     STEPS_FILE   the file; STEPS_FILE.stopped has the number of the step before which the process has stopped
     STOP_BEFORE  the number of the step, from 1; or parts of its line, with | between them: the first with all of them
+    KILL_BEFORE  as STOP_BEFORE: then the process is killed, whatever STOP_BEFORE is
     READ_ONLY_FILE  while it is there, the folder of claimed files cannot be changed
     STOP_BY      kill: SIGKILL; stop: SIGSTOP; pause: only the thread waits, until the file STEPS_FILE.go is there
     LEASE        how long a job is held after a sign of its daemon, seconds
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _FILE = os.environ["STEPS_FILE"]
 _BEFORE = os.environ.get("STOP_BEFORE", "")
+_KILL_BEFORE = os.environ.get("KILL_BEFORE", "")
 _LOCK = threading.Lock()
 _inside = threading.local()
 _steps = 0
@@ -54,6 +56,8 @@ def step(what: str) -> None:
         _steps += 1
         with open(_FILE, "a") as file:
             file.write(f"{what}\n")
+        if _KILL_BEFORE and all(part in what for part in _KILL_BEFORE.split("|")):
+            os.kill(os.getpid(), signal.SIGKILL)
         stopped = f"{_FILE}.stopped"
         if not _is_it(what) or os.path.exists(stopped):
             return
