@@ -147,7 +147,7 @@ class PostgresDatabase:
         Raises:
             DatabaseError: The database cannot be used; the message says why.
         """
-        self._require_not_replaced()
+        _require_not_replaced(self._replaced)
         with self._read_lock:
             began = time.monotonic()
             try:
@@ -200,7 +200,7 @@ class PostgresDatabase:
 
     def change(self, act: Callable[[Connection], T], *, synced: bool = True, locked: bool = False) -> T:
         """Write something; see ``Database.change``."""
-        self._require_not_replaced()
+        _require_not_replaced(self._replaced)
         change = _Change(act, synced=synced, locked=locked)
         with self._state:
             self._require_answering()
@@ -215,10 +215,6 @@ class PostgresDatabase:
         if change.error is not None:
             raise change.error
         return cast("T", change.value)
-
-    def _require_not_replaced(self) -> None:
-        if self._replaced.is_set():
-            raise replaced()
 
     def _require_answering(self) -> None:
         if self._busy_since is not None and (seconds := time.monotonic() - self._busy_since) > self._patience:
@@ -389,15 +385,11 @@ class PostgresDatabase:
             self._require_place(connection, place, alive_seconds, recorded)
 
     def _require_place(self, connection: Connection, place: str, alive_seconds: float, recorded: int) -> None:
-        known = self._known(connection)
+        known = _known(connection, self.place)
         if known is not None and known["place"] != place:
             raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
         if recorded > (known["recorded"] if known else 0):
             raise lacking()
-
-    def _known(self, connection: Connection) -> Row | None:
-        found: Row | None = connection.execute(_KNOWN, (self.place.instance, self.place.account)).fetchone()
-        return found
 
     def register(
         self,
@@ -427,7 +419,7 @@ class PostgresDatabase:
         """
 
         def act(connection: Connection) -> int:
-            known = self._known(connection)
+            known = _known(connection, self.place)
             is_running = known is not None and known["place"] != place and known["seconds"] < alive_seconds
             if is_running or not replaces:
                 self._require_place(connection, place, alive_seconds, recorded)
@@ -517,6 +509,16 @@ def _apply(writer: Session, change: _Change) -> None:
         change.error = translated(error) if isinstance(error, psycopg.Error) else error
     if change.error is not None:
         writer.run(_UNDO)
+
+
+def _require_not_replaced(is_replaced: threading.Event) -> None:
+    if is_replaced.is_set():
+        raise replaced()
+
+
+def _known(connection: Connection, place: Place) -> Row | None:
+    found: Row | None = connection.execute(_KNOWN, (place.instance, place.account)).fetchone()
+    return found
 
 
 def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:
