@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def db() -> None:
-    """Create and check the tables of a shared database, and restore lost rows.
+    """Create, check and restore the tables of a shared database.
 
     Several daemons with one paid account can share caps, holds and history in PostgreSQL. [shared] in the configuration
     names the database.
@@ -65,7 +65,10 @@ def upgrade(path: str | None) -> None:
 @json_option
 @config_option
 def check(path: str | None, *, as_json: bool) -> None:
-    """Check that the server keeps what it commits, and that its tables are those of this version."""
+    """Check the server and its tables.
+
+    The server has to keep what it commits, and the tables have to be those of this version.
+    """
     place = _place(path)
     from imagewatch.journal.postgres.tables import check as find  # noqa: PLC0415  an extra
 

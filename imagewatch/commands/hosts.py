@@ -29,7 +29,7 @@ _MOST_NAMES = 20
 @config_option
 @click.pass_context
 def hosts(context: click.Context, path: str | None) -> None:
-    """List the daemons that share the account.
+    """List the daemons that share an account, or remove one.
 
     "imagewatch status --all" shows more of each.
     """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "again": ("submit", "Drop a finished prompt once more; it is charged again."),
     "check": ("check", "List what the daemon would do with each file, and every problem."),
-    "db": ("db", "Create and check the tables of a shared database, and restore lost rows."),
+    "db": ("db", "Create, check and restore the tables of a shared database."),
     "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
     "gallery": ("gallery", "Write a web page of all images, costs and failures."),

@@ -17,6 +17,7 @@ import msgspec
 
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import AlreadyRunning, ConfigError, Problem, SpoolError
+from imagewatch.system.file_systems import SMB
 from imagewatch.system.locks import lock
 from imagewatch.system.text import printable
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from imagewatch.system.disk import Disk
 
-REFUSED = {"cifs", "smb3", "smbfs"}
-"""File systems on which a common inbox was not tried."""
 PROBE = ".iw-probe."
 PROBE_INNER = "file"
 """Name of a test file in a folder for tests."""
@@ -66,7 +65,7 @@ def require_tried(folder: str, kind: str) -> None:
     Raises:
         ConfigError: It is.
     """
-    if kind in REFUSED:
+    if kind in SMB:
         why = f"a common inbox was not tried on SMB, and may lose files there: {printable(folder)} is on {kind}"
         raise ConfigError([Problem("shared.inbox", why, _HINT)])
 

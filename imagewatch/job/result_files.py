@@ -88,11 +88,22 @@ def result_files(folders: JobFolders) -> Iterator[ResultFile]:
     """
     for ending, destination in _ENDINGS.items():
         top = folders.outbox if destination == "outbox" else folders.errors
-        for path, inner, names in os.walk(top):
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            for name in sorted(names):
+        for path, names in _walk(folders, top):
+            for name in names:
                 if name.endswith(ending) and (found := _read(folders, os.path.join(path, name), destination)):
                     yield found
+
+
+def _walk(folders: JobFolders, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below one that is not hidden, with the names of its files; links are not followed."""
+    try:
+        names, inner = sorted(folders.tops.names(path, folders=False)), sorted(folders.tops.names(path, folders=True))
+    except OSError:
+        return
+    yield path, names
+    for name in inner:
+        if not name.startswith(".") and folders.tops.is_folder(below := os.path.join(path, name)):
+            yield from _walk(folders, below)
 
 
 def _read(folders: JobFolders, path: str, destination: Destination) -> ResultFile | None:

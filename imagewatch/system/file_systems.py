@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 5.0
 """Longest interval between two scans of a folder without change events."""
+SMB = frozenset({"cifs", "smb3", "smbfs"})
 _TABLE = "/proc/self/mountinfo"
 _ELSEWHERE = {
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda"),  # servers

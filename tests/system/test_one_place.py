@@ -21,10 +21,10 @@ ONE_PLACE = {
     # Names of file systems.
     r"\"(?:ext4|nfs4|cifs|btrfs)\"": {"system/file_systems.py"},
     # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` and ``name_notes`` make files in
-    # the inbox. ``secret_file`` makes a copy in memory, which is no file of a disk.
+    # the inbox.
     r"\bos\.(?:l?chmod|fchmod|l?chown|fchown)\(": {
         *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py"),
-        *("commands/name_notes.py", "journal/sqlite.py", "config/secret_file.py"),
+        *("commands/name_notes.py", "journal/sqlite.py"),
     },
     r"\bos\.f?chown\(|\bos\.lchown\(|getgrnam\(": {"system/permissions.py"},
 }
