@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["member"]
 STEPS = os.environ.get("IMAGEWATCH_STEPS", "")
 """``all``: each step is tried; or the numbers of some; otherwise some, spread over all."""
+SLOW = pytest.mark.skipif("IMAGEWATCH_ALL_SHARED" not in os.environ, reason="slow: IMAGEWATCH_ALL_SHARED=1 runs it")
 LONG = pytest.mark.timeout(900 if STEPS else 300)
 AT_THE_SAME_TIME = 4
 TRIED = 10
@@ -184,7 +185,7 @@ POINTS = {
 
 
 @LONG
-@pytest.mark.parametrize("which", ["database", "endpoint", "both"])
+@pytest.mark.parametrize("which", ["database", pytest.param("endpoint", marks=SLOW), pytest.param("both", marks=SLOW)])
 def test_a_daemon_that_is_cut_off_at_any_step_sends_nothing_new_and_loses_nothing(
     inbox: Callable[..., Inbox], which: str
 ) -> None:

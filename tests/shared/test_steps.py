@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from support.postgres import Server
 
 ALL = os.environ.get("IMAGEWATCH_ALL_SHARED") == "1"
+SLOW = pytest.mark.skipif(not ALL, reason="slow: IMAGEWATCH_ALL_SHARED=1 runs it")
 STEMS = {"text", "edit", "bad"}
 KILLS, STOPS, CUTS = 16, 5, 4
 pause = threading.Event().wait
@@ -132,6 +133,7 @@ def test_a_daemon_that_is_killed_at_any_step_pays_nothing_twice_and_loses_nothin
     each(steps(KILLS, total), kill)
 
 
+@SLOW
 @pytest.mark.timeout(1800)
 def test_a_daemon_that_is_stopped_at_any_step_for_longer_than_all_waits_sends_nothing_twice(
     total: int, tmp_path: Path, postgres: Server
@@ -174,6 +176,7 @@ def test_a_database_that_fails_at_any_step_only_delays(
     each(steps(CUTS, total), fail)
 
 
+@SLOW
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", ["endpoint", "both"])
 def test_a_network_that_fails_at_any_step_leaves_at_most_the_request_in_flight_unknown(
