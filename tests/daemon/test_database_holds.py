@@ -220,7 +220,7 @@ def test_a_failure_of_the_database_is_not_one_of_the_disk() -> None:
         "database",
         "database",
     ]
-    assert failure(DatabaseError("x")).next.startswith("to see the cause, run: imagewatch db check")
+    assert failure(DatabaseError("x")).next.startswith("to see the cause, run: imagewatch check")
     assert DatabaseError("x").code, "with 0, a job that fails would wait for a person"
 
 

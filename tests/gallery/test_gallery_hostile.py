@@ -89,10 +89,11 @@ def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf
 def test_an_image_that_takes_too_long_is_abandoned_and_the_others_get_thumbnails(shelf: Shelf):
     for stem, content in (("a", plain_image()), ("slow", SLOW), ("z", plain_image("red"))):
         shelf.completed(stem, content)
+    before = children()  # such as a server of other tests
     Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write()
     assert job(shelf, "slow")["images"][0]["problem"] == "takes more than 0.2 s to decode"
     assert len(shelf.thumbs) == 2
-    assert children() == []
+    assert set(children()) <= set(before)
 
 
 def test_an_image_of_any_shape_within_the_time_limit_is_shown(shelf: Shelf):
