@@ -161,7 +161,9 @@ def _paused(world: World, number: int) -> Iterator[LoggedDaemon]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("fault", ["cut", "hang", "swallow_replies"])
+@pytest.mark.parametrize(
+    "fault", ["cut", pytest.param("hang", marks=SLOW), pytest.param("swallow_replies", marks=SLOW)]
+)
 def test_a_database_that_fails_at_any_step_only_delays(
     total: int, tmp_path: Path, postgres: Server, fault: str
 ) -> None:
