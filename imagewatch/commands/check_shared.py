@@ -35,8 +35,7 @@ def shared_lines(config: Config) -> Iterator[Line]:
         disk.tops.open(claims)
         FolderProbes(disk, claims).run()
     except (ConfigError, SpoolError, OSError) as error:
-        hint = getattr(error, "hint", "")
-        yield Line("bad", "file system", printable(f"{error} ({hint})" if hint else str(error)))
+        yield Line("bad", "file system", _text(error))
         return
     yield Line("ok", "file system", f"{kind or 'unknown'}: new files, renames, locks: {printable(inbox)}")
     folder = os.path.join(claims, FOLDER)
@@ -45,7 +44,12 @@ def shared_lines(config: Config) -> Iterator[Line]:
         for result in TwoHosts(disk, folder).run():
             yield Line(*result)
     except SpoolError as error:
-        yield Line("bad", "common inbox", printable(str(error)))
+        yield Line("bad", "common inbox", _text(error))
     finally:  # a folder of daemons is not empty; one of another user would keep them from starting
         disk.remove_folder(folder)
         disk.remove_folder(claims)
+
+
+def _text(error: Exception) -> str:
+    hint = getattr(error, "hint", "")
+    return printable(f"{error} ({hint})" if hint else str(error))

@@ -92,7 +92,7 @@ def recover(path: str | None, *, yes: bool) -> None:
     """Restore rows that the database has lost.
 
     Use it if the database was restored from a backup, or if a standby took over without the newest commits. Stop all
-    daemons of the inbox first, then run the command on each host, with --yes. It reads the receipts and error files,
+    daemons of the account first, then run the command on each host, with --yes. It reads the receipts and error files,
     the folder of claimed files, and the responses in the state folder of its host. If these show that a request was
     sent, it counts again and is not sent again. In a common inbox, prompts that were claimed and not sent go back into
     the inbox. Afterwards the daemon of this configuration accepts the database. It is safe to run the command again.

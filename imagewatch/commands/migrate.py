@@ -37,12 +37,12 @@ def migrate(path: str | None, target: str, *, as_json: bool) -> None:
     """Move the journal into a shared database, or out of it.
 
     Stop the daemon before, and configure [shared] in both cases. Nothing is lost or sent twice: the daemon finishes its
-    jobs afterwards. If the command is killed or fails, nothing can be sent until it was run again.
+    jobs afterwards. If the command is killed, or cannot find out whether the database has committed, nothing is sent
+    until you run it again. After any other error of --to postgresql, the old ledger is used as before.
 
     With --to postgresql the old ledger is kept as ledger.sqlite3.moved-N. With --to sqlite the daemon leaves the
-    account: it takes along its jobs, the account's finished requests and its holds. From then on its caps and the
-    check for redelivered prompts count only its own requests. Remove [shared] from the configuration before you start
-    it again.
+    account: it takes along its jobs, the account's finished requests and its holds. Requests that the
+    other daemons send later do not count for it. Remove [shared] from the configuration before you start it again.
     """
     with contextlib.suppress(ConfigError):  # before this process becomes the daemon's user
         require_psycopg()

@@ -124,7 +124,7 @@ def _is_plain(name: str, value: str) -> bool:
 
 
 def _pairs(text: str) -> list[tuple[str, str]] | None:
-    r"""Return the ``KEY=VALUE`` pairs, or None. In a value, ``\`` stands before a character that is taken as it is."""
+    r"""Return the ``KEY=VALUE`` pairs, or None. In a value, ``\`` precedes a character that is taken as it is."""
     pairs: list[tuple[str, str]] = []
     rest = text.strip(" ")
     while rest:

@@ -1,4 +1,4 @@
-"""Which holds there are, for those who ask; and what the log says when they begin and end."""
+"""Which holds there are, for those who ask; and what is logged when they begin and end."""
 
 from __future__ import annotations
 

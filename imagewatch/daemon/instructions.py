@@ -81,5 +81,5 @@ class Instructions:
             self._results.count_left()
             parts.status.change()
         elif not is_read:
-            _log.warning("response_missing", job=job)
+            _log.warning("response_missing", job=job, reason="no response of this job is saved")
         parts.control.retried(job)

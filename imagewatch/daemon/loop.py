@@ -94,7 +94,7 @@ class Daemon:
         self._instructions = Instructions(self._parts, self._arrivals, self._results, self._recovery)
         self._report = Report(self._parts)
         self._is_draining = False
-        self._looked_at = -math.inf
+        self._checked_at = -math.inf
         self._asked_at = 0.0  # before it was last asked what may be done, monotonic seconds
 
     # Running
@@ -135,7 +135,7 @@ class Daemon:
         A service waits for its shared database for a minute: systemd starts it only so often.
         """
         notify, until = self._parts.notify, self._now()
-        until += _DATABASE_SECONDS if notify.is_heard else 0.0
+        until += _DATABASE_SECONDS if notify.is_connected else 0.0
         while True:
             try:
                 self._parts.begin()
@@ -317,7 +317,7 @@ class Daemon:
         """Return the monotonic time of the next scan. A daemon that does not scan only checks its folders then."""
         if self._parts.team.leads():
             return self._intake.scanner.due
-        return self._looked_at + self._parts.config.inbox.rescan_seconds
+        return self._checked_at + self._parts.config.inbox.rescan_seconds
 
     def _scan_all(self) -> None:
         """Scan until there is nothing to be scanned, but not for long."""
@@ -337,10 +337,10 @@ class Daemon:
             self._admission.failed(error)
             self._intake.scanner.late(DISK_SECONDS)
             self._parts.team.cannot_scan()
-            self._looked_at = self._now() - self._parts.config.inbox.rescan_seconds + DISK_SECONDS
+            self._checked_at = self._now() - self._parts.config.inbox.rescan_seconds + DISK_SECONDS
             return
         self._parts.team.can_scan()
-        self._looked_at = self._now()
+        self._checked_at = self._now()
         self._instructions.follow()
         if is_new:
             self._on_found(self._intake.count() + len(self._jobs.at_work))

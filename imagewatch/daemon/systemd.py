@@ -32,7 +32,7 @@ class Notify:
         self.watchdog_seconds = int(microseconds) / 1e6 if microseconds.isdigit() else None
 
     @property
-    def is_heard(self) -> bool:
+    def is_connected(self) -> bool:
         """Whether there is a service manager."""
         return bool(self._address)
 

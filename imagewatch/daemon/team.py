@@ -218,9 +218,9 @@ class Team:
         holder, _, state = self._common.where(job) or ("", 0, "done")
         is_own = False
         if state == "kept":
-            is_running, is_gone = self._common.member(holder)
+            is_running, is_removed = self._common.member(holder)
             is_mine = holder == self._common.instance
-            if not is_mine and (is_running or not (is_gone or handover.has_response(job))):
+            if not is_mine and (is_running or not (is_removed or handover.has_response(job))):
                 return False  # that one does it, now or when it runs
             if not is_mine and not handover.has_response(job):
                 reason = f"only {printable(holder)} had it, which was removed from the account"
@@ -231,7 +231,7 @@ class Team:
                 _log.info("response_reread", **reopened.names)
                 parts.jobs.defer(reopened, 0.0)
         elif state == "done":
-            _log.warning("response_missing", job=job)
+            _log.warning("response_missing", job=job, reason="no response of this job is saved")
         parts.control.retried(job)
         return is_own
 
@@ -246,7 +246,7 @@ class Team:
         for taken in self._common.take_over(_MOST_TAKEN_OVER):
             key = (taken.claim.folder, taken.claim.stem) if taken.claim else None
             job = Job(taken.job, key)
-            _log.warning("taken_over", **job.names, reason="its daemon does not run any more")
+            _log.warning("taken_over", **job.names, reason="its daemon has ended, or did not report within the lease")
             if taken.job not in self._parts.jobs.at_work:  # else its worker finds out that this daemon has it again
                 self._parts.jobs.defer(job, 0.0)
 

@@ -28,7 +28,7 @@ _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
 
 class OverrunError(Exception):
-    """A server sends more than a response can need; the message says what."""
+    """A server sends more than a response can need; the message has the cause."""
 
 
 class Call:

@@ -17,7 +17,7 @@ _INFLATED_BYTES = 256 * 1024
 
 
 class UndecodableError(Exception):
-    """The rest of a body cannot be decoded; the message says why."""
+    """The rest of a body cannot be decoded; the message has the cause."""
 
 
 def is_coding(name: str) -> bool:
@@ -115,7 +115,7 @@ def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
 
 
 class UnreadableError(Exception):
-    """The rest of a response cannot be read; the message says why."""
+    """The rest of a response cannot be read; the message has the cause."""
 
 
 def bounded(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes]:

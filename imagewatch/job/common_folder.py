@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PROBE = ".iw-probe."
 PROBE_INNER = "file"
 """Name of a test file in a folder for tests."""
-_HINT = (
+NEXT_STEP = (
     "put the inbox on a file system that can do that (NFS 4, a cluster file system, a local disk); or let each host "
     "have an inbox of its own: remove shared.inbox"
 )
@@ -67,7 +67,7 @@ def require_tried(folder: str, kind: str) -> None:
     """
     if kind in SMB:
         why = f"a common inbox was not tried on SMB, and may lose files there: {printable(folder)} is on {kind}"
-        raise ConfigError([Problem("shared.inbox", why, _HINT)])
+        raise ConfigError([Problem("shared.inbox", why, NEXT_STEP)])
 
 
 class FolderProbes:
@@ -87,7 +87,7 @@ class FolderProbes:
         """Try everything.
 
         Raises:
-            SpoolError: Something does not work; the message says what, and where.
+            SpoolError: Something does not work; the message has what, and where.
         """
         one, other, inner = f"{self._base}.1", f"{self._base}.2", f"{self._base}.d"
         try:
@@ -104,7 +104,7 @@ class FolderProbes:
 
     def _fail(self, what: str) -> NoReturn:
         message = f"the file system of a common inbox must {what}, and does not: {printable(self._folder)}"
-        raise SpoolError(message, path=self._folder, code=errno.EOPNOTSUPP, hint=_HINT)
+        raise SpoolError(message, path=self._folder, code=errno.EOPNOTSUPP, hint=NEXT_STEP)
 
     def _try_new_file(self, path: str) -> None:
         with self._disk.create(path) as file:
@@ -180,7 +180,7 @@ class FolderProbes:
 
 
 def claim_inbox(path: str, disk: Disk, whose: Whose, *, is_common: bool, is_alone: bool) -> IO[bytes]:
-    """Lock an inbox, and make sure that it is not another one's: the file of the lock says whose it is.
+    """Lock an inbox, and make sure that it is not another one's: the file of the lock names its owner.
 
     Args:
         path: The file.

@@ -35,7 +35,7 @@ _GRACE_SECONDS = 60.0
 """How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
 _POLL_SECONDS = 2.0
 """How often a daemon checks whether another one has handed over a response, or has finished a job."""
-_RECOVER = "stop the daemons of the inbox, then run: imagewatch db recover"
+_RECOVER = "stop all daemons of the account, then run: imagewatch db recover"
 _log = structlog.get_logger()
 
 
@@ -127,7 +127,8 @@ class CommonSteps:
     def _restore(self, witness: Witness, claim: Claim, epoch: int = 0) -> None:
         row = restored_row(claim, witness.attempt, witness.nonce, witness.sent, self._clock())
         self._journal.restore(claim, row, epoch)
-        _log.warning("attempt_restored", job=claim.job, attempt=row.attempt, reason="the database has lost its row")
+        reason = "the database has lost its row"
+        _log.warning("attempt_restored", job=claim.job, attempt=row.attempt, reason=reason, next=_RECOVER)
 
     # Its response
 
@@ -188,11 +189,11 @@ class CommonSteps:
             self._sending.prove(record, fate)
         self._sending.forget(job)
 
-    def report_unknown(self, job: str, why: str) -> None:
+    def report_unknown(self, job: str, why: str, step: str = _RECOVER) -> None:
         """Log once that only a person can continue a job; its files stay."""
         if job not in self._orphans:
             self._orphans.add(job)
-            _log.error("stuck", job=job, reason=why, next=_RECOVER)
+            _log.error("stuck", job=job, reason=why, next=step)
 
     def tidy(self) -> None:
         """Find claim folders that no job has: of daemons that were killed, or of jobs that the database has lost.
@@ -259,7 +260,9 @@ class CommonSteps:
                     self._spool.disk.unlink(record.path(name))
             else:  # it may be paid for: the files stay
                 why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no record"
-                self.report_unknown(job, why)
+                path = printable(record.path(f"answer.{unrecorded[0]}"))
+                step = "check the balance (imagewatch check --balance); to end this, move the response away: "
+                self.report_unknown(job, why, step + path)
             self._common.forget(job)
             return Outcome(job, End.NOTHING)
         if holder and record.responses():

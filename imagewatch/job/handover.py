@@ -209,7 +209,7 @@ class Handover:
 
         Raises:
             ChargeUnknown: There is one of this number: a request of it may have been sent before.
-            LostJobError: The folder is gone: another daemon has the job.
+            LostJobError: The folder is missing: another daemon has the job.
             SpoolError: The disk failed.
         """
         folder = self._folders.claim_folder(job)
@@ -259,7 +259,7 @@ class Handover:
         """Copy the saved responses of a job from the state folder into its claim folder.
 
         Raises:
-            SpoolError: They cannot be copied; the folder may be gone.
+            SpoolError: They cannot be copied; the folder may be missing.
         """
         folder = self._folders.claim_folder(record.job)
         names = [name for name in record.names() if _ANSWER.fullmatch(name)]

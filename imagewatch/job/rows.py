@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from imagewatch import __version__
-from imagewatch.journal.row import Row
+from imagewatch.journal.row import Row, sent_row
 from imagewatch.protocol.values import dump
 from imagewatch.system.text import printable
 
@@ -68,26 +68,15 @@ def restored_row(claim: Claim, attempt: int, nonce: str, sent: Sent, at: float) 
         sent: What was sent; what is not known of it is empty.
         at: When, if that is not known.
     """
-    return Row(
-        job=claim.job,
-        attempt=attempt,
-        source=claim.source,
-        source_size=claim.size,
-        source_mtime_ns=claim.mtime_ns,
-        outcome="sent",
-        charged="unknown",
-        owner=claim.owner,
-        claimed_at=claim.at,
+    return msgspec.structs.replace(
+        sent_row(claim, attempt, sent),
         sent_at=sent.at or at,
-        asked=sent.asked,
-        endpoint=sent.endpoint,
         contents=json.dumps(sent.contents) if sent.contents else "",
         fields=json.dumps(sent.fields) if sent.fields else "",
         prompt_sha256=sent.prompt_sha256,
         provider=str(sent.fields.get("provider", "")),
         version=__version__,
         nonce=nonce,
-        request=dump(sent).decode(),
     )
 
 

@@ -130,7 +130,7 @@ class Steps:
             )
         record = self._spool.record(job_id)
         if self.common.is_on and record.responses() and not self._journal.is_over(job_id):
-            self.common.report_unknown(job_id, "the shared database does not know the job of a saved response")
+            self.common.report_unknown(job_id, "the job of a saved response is not in the shared database")
             return Outcome(job_id, End.DEFERRED, delay=_UNKNOWN_SECONDS, needs_nothing=True)
         self._spool.forget(record)
         return Outcome(job_id, End.NOTHING)

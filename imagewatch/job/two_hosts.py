@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
+from imagewatch.job.common_folder import NEXT_STEP
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.locks import lock
@@ -45,6 +46,10 @@ class Result(NamedTuple):
     verdict: Literal["ok", "warn", "bad"]
     what: str
     why: str
+
+
+def _unusable(what: str, why: str) -> Result:
+    return Result("bad", what, f"{why} ({NEXT_STEP})")
 
 
 class _Message(msgspec.Struct):
@@ -108,7 +113,8 @@ class TwoHosts:
                 yield from self._locks(leader, acts=leader == self._me)
             self._part()
         except _NoAnswerError as error:
-            yield Result("bad", "other host", f"it has not done its part of the step {error} in time")
+            why = f"it has not done its part of the step {error} in time; run the command on both hosts again"
+            yield Result("bad", "other host", why)
         finally:
             for path in self._made:
                 self._disk.unlink(path)
@@ -197,7 +203,7 @@ class TwoHosts:
         both, none = set(won) & set(theirs), set(range(_FILES)) - set(won) - set(theirs)
         if both or none:
             why = f"of {_FILES} files, {len(both)} were created by both hosts and {len(none)} by none"
-            yield Result("bad", "O_EXCL", why)
+            yield _unusable("O_EXCL", why)
         else:
             yield Result("ok", "O_EXCL", f"each of {_FILES} files was created by one host only ({len(won)} by this)")
 
@@ -231,7 +237,9 @@ class TwoHosts:
         theirs = self._sync("turned", _Message(at=self._clock())).at
         skew = abs(self._clock() - theirs)
         verdict: Literal["ok", "warn"] = "warn" if slowest > _SLOW_SECONDS else "ok"
-        yield Result(verdict, "rename", f"a rename on the other host is seen after {slowest:.1f} s at most")
+        why = f"a rename on the other host is seen after {slowest:.1f} s at most"
+        step = "; set shared.lease_seconds to several times that" if verdict == "warn" else ""
+        yield Result(verdict, "rename", why + step)
         yield self._clocks(skew, slowest)
 
     def _clocks(self, skew: float, delay: float) -> Result:
@@ -265,7 +273,7 @@ class TwoHosts:
         for path in (inner, moved):
             self._disk.remove_folder(path)
         if not is_refused:
-            yield Result("bad", "late rename", "a file could be put into a folder that the other host had renamed")
+            yield _unusable("late rename", "a file could be put into a folder that the other host had renamed")
         elif not acts:
             yield Result("ok", "late rename", "it is refused after the other host has renamed the folder")
 
@@ -290,7 +298,7 @@ class TwoHosts:
             if held is not None:
                 held.close()
             if found:
-                yield Result("bad", f"{name} lock", found)
+                yield _unusable(f"{name} lock", found)
             elif not acts:
                 yield Result("ok", f"{name} lock", "this host notices a lock of the other one")
 

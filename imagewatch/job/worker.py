@@ -152,7 +152,7 @@ class Worker:
         return self._carry(job)
 
     def tidy(self) -> None:
-        """Look for claim folders that no job of a common inbox has.
+        """Find claim folders that no job of a common inbox has.
 
         Raises:
             SpoolError: The disk failed.

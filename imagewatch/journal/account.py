@@ -39,7 +39,7 @@ _HOLDS = f"""
 _BEGIN = f"""
     INSERT INTO holds (kind, message, since, seconds, next_at) VALUES (?1, ?2, {_NOW}, ?3, {_NOW} + ?3)
     ON CONFLICT DO NOTHING"""  # noqa: S608
-_GO_ON = f"""
+_CONTINUE = f"""
     UPDATE holds SET message = ?1, prober = '', probe_ends_at = 0,
         seconds = coalesce(?2, least(seconds * 2, ?3)), next_at = {_NOW} + coalesce(?2, least(seconds * 2, ?3))
     WHERE scope = '' AND kind = ?4 AND next_at <= {_NOW}
@@ -196,7 +196,7 @@ class Account:
             if connection.execute(_BEGIN, (reason.kind, message, first)).rowcount:
                 return True
             values = message, asked, LONGEST_SECONDS, reason.kind, job
-            if not connection.execute(_GO_ON, values).rowcount and asked is not None:
+            if not connection.execute(_CONTINUE, values).rowcount and asked is not None:
                 connection.execute(_PROLONG, (asked, reason.kind))
             return False
 

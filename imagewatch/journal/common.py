@@ -88,7 +88,7 @@ _REOPEN_KEPT = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ? AND state = 'kept' RETURNING epoch"""  # noqa: S608
 _MEMBER = f"""
-    SELECT forgotten_at IS NOT NULL AS is_gone, ended_at IS NULL AND seen_at > {_NOW} - ? AS is_running
+    SELECT forgotten_at IS NOT NULL AS is_removed, ended_at IS NULL AND seen_at > {_NOW} - ? AS is_running
     FROM instances WHERE name = ?"""  # noqa: S608
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
@@ -466,7 +466,7 @@ class Common:
         """
         with self._file.using() as connection:
             row = connection.execute(_MEMBER, (self.lease_seconds, instance)).fetchone()
-        return (False, True) if row is None else (row["is_running"], row["is_gone"])
+        return (False, True) if row is None else (row["is_running"], row["is_removed"])
 
     def reopen(self, job: str, attempts: list[int]) -> bool:
         """Take a job that ended as an unknown charge, as its result is known now; return whether it was one.

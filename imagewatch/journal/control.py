@@ -80,7 +80,7 @@ class Control:
         self._wake()
 
     def wake(self) -> None:
-        """Let a running daemon look for what it is asked."""
+        """Let a running daemon read what commands ask for."""
         self._wake()
 
     def retry(self, job: str) -> None:

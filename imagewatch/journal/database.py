@@ -71,7 +71,7 @@ class Database(Protocol):
         """Lend a connection to read.
 
         Raises:
-            SpoolError: The database cannot be used; the message says why.
+            SpoolError: The database cannot be used; the message has the cause.
         """
 
     def change(self, act: Callable[[Connection], T], *, synced: bool = True, locked: bool = False) -> T:
@@ -87,7 +87,7 @@ class Database(Protocol):
             What ``act`` returned.
 
         Raises:
-            SpoolError: It was not written; the message says why.
+            SpoolError: It was not written; the message has the cause.
             UncertainError: It is not known whether it was written.
         """
 
@@ -95,7 +95,7 @@ class Database(Protocol):
         """Make sure that rows can be written.
 
         Raises:
-            SpoolError: They cannot; the message says why.
+            SpoolError: They cannot; the message has the cause.
         """
 
     def accept(self) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from imagewatch.journal.budget import folder_of
 from imagewatch.journal.ledger import storable
 from imagewatch.journal.prices import Asked
-from imagewatch.journal.row import LOST, Row
+from imagewatch.journal.row import LOST, sent_row
 from imagewatch.journal.schema import COLUMNS
 from imagewatch.protocol.values import dump
 
@@ -67,25 +67,13 @@ def _attempt(connection: Connection, budget: Budget, claim: Claim, number: int, 
     known += "WHERE job = ? AND attempt = ?"
     if connection.execute(known, (request, reserved, claim.job, number)).rowcount:
         return
-    row = Row(
-        job=claim.job,
-        attempt=number,
-        source=claim.source,
-        source_size=claim.size,
-        source_mtime_ns=claim.mtime_ns,
-        outcome="sent",
-        charged="unknown",
-        owner=claim.owner,
-        claimed_at=claim.at,
-        sent_at=sent.at,
+    row = replace(
+        sent_row(claim, number, sent),
         counted_at=sent.at,
-        endpoint=sent.endpoint,
-        asked=sent.asked,
         provider=asked.provider,
         asked_provider=asked.provider,
         price_kind=asked.kind,
         reserved=reserved,
-        request=request,
     )
     marks = ", ".join("?" * len(COLUMNS))
     connection.execute(

@@ -65,7 +65,7 @@ def left_of(file: Database, name: str, alive_seconds: float) -> Left:
         SpoolError: The database cannot be used.
     """
     with file.using() as connection:
-        _require_gone(connection, name, alive_seconds)
+        _require_not_running(connection, name, alive_seconds)
         return _left(connection, name)
 
 
@@ -89,7 +89,7 @@ def forget(file: Database, name: str, alive_seconds: float) -> Left:
     """
 
     def act(connection: Connection) -> Left:
-        _require_gone(connection, name, alive_seconds)
+        _require_not_running(connection, name, alive_seconds)
         left = _left(connection, name)
         connection.execute(_LOSE, (FORGOTTEN, name))
         connection.execute(_UNRESERVE, (name,))
@@ -100,7 +100,7 @@ def forget(file: Database, name: str, alive_seconds: float) -> Left:
     return file.change(act, locked=True)
 
 
-def _require_gone(connection: Connection, name: str, alive_seconds: float) -> None:
+def _require_not_running(connection: Connection, name: str, alive_seconds: float) -> None:
     known = connection.execute(_KNOWN, (alive_seconds, name)).fetchone()
     if known is None:
         hint = "imagewatch status --all lists the daemons of the account"

@@ -48,7 +48,7 @@ _UPSERT = (
     + " WHERE attempts.nonce = excluded.nonce"
 )
 
-_TOMBSTONE = (
+_UNSENT_ROW = (
     f"{_INSERT_ATTEMPT}"
     "ON CONFLICT (job, attempt) DO UPDATE SET outcome = 'unsent', charged = 'no', reserved = 0 "
     "WHERE attempts.nonce = excluded.nonce AND attempts.outcome = 'sent'"
@@ -105,7 +105,7 @@ class Journal(JobRows):
             prove: Whether to write something, too.
 
         Raises:
-            SpoolError: It cannot be used; the message says why.
+            SpoolError: It cannot be used; the message has the cause.
         """
         if prove:
             self._file.prove()
@@ -362,7 +362,7 @@ class Journal(JobRows):
             if not connection.execute(_UNSENT, (job, attempt, nonce)).rowcount and uncertain is not None:
                 # Its transaction may still be committed: with this row it cannot.
                 row = replace(uncertain, outcome="unsent", charged="no", reserved=0.0, request="")
-                connection.execute(_TOMBSTONE, storable(astuple(row)))
+                connection.execute(_UNSENT_ROW, storable(astuple(row)))
 
         self._file.change(act)
         self._uncertain.pop(job, None)

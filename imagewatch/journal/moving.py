@@ -9,7 +9,7 @@ At no moment two journals can be used. The order of the acts, each durable befor
     4 the file ``shared``: not moving               4 ``.new`` becomes the ledger, ``identity`` names it
                                                     5 remove the file ``shared``
 
-While ``shared`` says that the journal is moving, no daemon and no command uses either of them. A killed move is run
+While ``shared`` names a move of the journal, no daemon and no command uses either of them. A killed move is run
 again: whether its transaction was committed shows the row of the daemon in the database, which has the random place
 of this state folder. Before that row is read, the account's row is locked, so that a COMMIT of which the outcome was
 not known is over. Until the transaction is committed the move starts over, afterwards it is finished.
@@ -70,7 +70,7 @@ def to_postgresql(config: Config, disk: Disk, environ: Mapping[str, str]) -> tup
         empty if that is not known any more.
 
     Raises:
-        SpoolError: It cannot be moved; the message says why.
+        SpoolError: It cannot be moved; the message has the cause.
         ConfigError: The database must not be used as it is.
     """
     from imagewatch.journal.postgres import copying  # noqa: PLC0415  an extra

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from imagewatch.journal.prices import kind_of
-from imagewatch.protocol.values import Claim, Decision, Sent  # noqa: TC001  msgspec reads them
+from imagewatch.protocol.values import Claim, Decision, Sent, dump
 
 if TYPE_CHECKING:
     from imagewatch.protocol.values import Charged
@@ -58,6 +58,31 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     reserved: float = 0.0
     request: str = ""
     counted_at: float | None = None
+
+
+def sent_row(claim: Claim, attempt: int, sent: Sent) -> Row:
+    """Return the row of an attempt that may have been sent, and of which no result is known.
+
+    Args:
+        claim: What was claimed.
+        attempt: Its number.
+        sent: What was sent.
+    """
+    return Row(
+        job=claim.job,
+        attempt=attempt,
+        source=claim.source,
+        source_size=claim.size,
+        source_mtime_ns=claim.mtime_ns,
+        outcome="sent",
+        charged="unknown",
+        owner=claim.owner,
+        claimed_at=claim.at,
+        sent_at=sent.at,
+        asked=sent.asked,
+        endpoint=sent.endpoint,
+        request=dump(sent).decode(),
+    )
 
 
 class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -113,7 +113,7 @@ class SqliteDatabase:
         """Lend the connection; no other thread has it meanwhile.
 
         Raises:
-            SpoolError: The ledger cannot be used; the message says why.
+            SpoolError: The ledger cannot be used; the message has the cause.
         """
         with self._lock, self._translated():
             self._ensure()
@@ -135,7 +135,7 @@ class SqliteDatabase:
             What ``act`` returned.
 
         Raises:
-            SpoolError: It was not written; the message says why.
+            SpoolError: It was not written; the message has the cause.
         """
         change = _Change(act, synced=synced)
         with self._waiting_lock:
@@ -221,7 +221,7 @@ class SqliteDatabase:
         """Make sure that rows can be written.
 
         Raises:
-            SpoolError: They cannot; the message says why.
+            SpoolError: They cannot; the message has the cause.
         """
         with self.using() as connection:
             if self._is_damaged:

@@ -49,11 +49,11 @@ def uncertain_is_written(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PostgresDatabase, "_commit", careless)
 
 
-def no_tombstone(patch: pytest.MonkeyPatch) -> None:
+def no_unsent_row(patch: pytest.MonkeyPatch) -> None:
     from imagewatch.journal import journal  # noqa: PLC0415
 
     update = "UPDATE attempts SET outcome = 'unsent' WHERE job = ?1 AND attempt = ?2 AND outcome = 'sent'"
-    patch.setattr(journal, "_TOMBSTONE", update)
+    patch.setattr(journal, "_UNSENT_ROW", update)
 
 
 def no_incarnation(patch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def record_for_another(database: str, member: Callable[..., Journal]) -> None:
 PRECAUTIONS = {
     "the account is locked when something is spent": no_lock,
     "an uncertain commit is not taken as written": uncertain_is_written,
-    "an attempt that is not sent leaves a row": no_tombstone,
+    "an attempt that is not sent leaves a row": no_unsent_row,
     "each start has its number": no_incarnation,
     "a result is written with the nonce": no_nonce,
 }

@@ -77,7 +77,7 @@ def require_usable(session: Session, *, is_replicated: bool) -> None:
     """Make sure that a server may be used.
 
     Raises:
-        DatabaseError: It must not; the message says why.
+        DatabaseError: It must not; the message has the cause.
     """
     for why, hint in problems(session, is_replicated=is_replicated):
         raise unusable(why, hint)

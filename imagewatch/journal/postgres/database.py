@@ -145,7 +145,7 @@ class PostgresDatabase:
         """Lend the connection for questions; no other thread has it meanwhile.
 
         Raises:
-            DatabaseError: The database cannot be used; the message says why.
+            DatabaseError: The database cannot be used; the message has the cause.
         """
         _require_not_replaced(self._replaced)
         with self._read_lock:
@@ -463,7 +463,7 @@ class PostgresDatabase:
         """Make sure that rows can be written.
 
         Raises:
-            DatabaseError: They cannot; the message says why.
+            DatabaseError: They cannot; the message has the cause.
         """
         self.change(self._prove, locked=True)
 

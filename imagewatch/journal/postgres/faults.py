@@ -31,16 +31,28 @@ _CAUSES: dict[type[psycopg.Error], tuple[str, str]] = {
         "end that program; pg_stat_activity lists it",
     ),
     psycopg.errors.QueryCanceled: ("took too long, or an administrator canceled the query", _CHECK),
-    psycopg.errors.InvalidPassword: ("refuses the password", "check the password file or the service file"),
-    psycopg.errors.InvalidAuthorizationSpecification: (
-        "refuses the user",
-        "check pg_hba.conf and the name of the user",
-    ),
-    psycopg.errors.InvalidCatalogName: ("does not exist", "create it, then: imagewatch db init"),
-    psycopg.errors.TooManyConnections: ("has too many connections", "raise max_connections of the server"),
 }
+_ACCESS = "check the password: the credential database_password, ~/.pgpass or the service file"
+_USER = "check pg_hba.conf and the name of the user"
+_AT_CONNECT = (
+    (
+        re.compile("no password supplied"),
+        "needs a password, and this process has none",
+        "put it into ~/.pgpass, or run the command with the credential database_password (docs/several-hosts.md)",
+    ),
+    (re.compile("password authentication failed"), "refuses the password", _ACCESS),
+    (re.compile("no pg_hba.conf entry"), "refuses the user", _USER),
+    (re.compile("role .* does not exist"), "refuses the user", _USER),
+    (re.compile("database .* does not exist"), "does not exist", "create it, then run: imagewatch db init"),
+    (
+        re.compile("too many clients|too many connections|remaining connection slots"),
+        "has too many connections",
+        "raise max_connections of the server; the daemon resumes automatically",
+    ),
+)
+"""What a server answers to a connection: libpq passes on only its text. In another language it is out of reach."""
 _READ_ONLY = re.compile("session is (?:read-only|not read-write)")
-"""What libpq says of a server with target_session_attrs = read-write."""
+"""Message of libpq about a server with target_session_attrs = read-write."""
 AGAIN = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
 """The transaction was undone and may succeed now."""
 
@@ -50,6 +62,10 @@ def translated(error: psycopg.Error) -> DatabaseError:
     for kind, (why, hint) in _CAUSES.items():
         if isinstance(error, kind):
             return DatabaseError(f"the shared database {why}: {_text(error)}", code=errno.EIO, hint=hint)
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        for pattern, why, hint in _AT_CONNECT:
+            if pattern.search(str(error)):
+                return DatabaseError(f"the shared database {why}: {_text(error)}", code=errno.EIO, hint=hint)
     if isinstance(error, psycopg.OperationalError) and _READ_ONLY.search(str(error)):
         hint = "connect to the primary server, or make this one the primary; the daemon resumes automatically"
         return DatabaseError(f"the shared database is a standby: {_text(error)}", code=errno.EIO, hint=hint)
@@ -73,7 +89,7 @@ def not_answering(seconds: float) -> DatabaseError:
 def replaced() -> DatabaseError:
     """Return the error for a daemon whose name another one has taken."""
     message = "another daemon was started with the same shared.instance and account; this one sends nothing any more"
-    hint = "set another shared.instance for one of them, then restart both"
+    hint = "stop one of them, and give it a state folder and a shared.instance of its own"
     return DatabaseError(message, code=errno.EIO, hint=hint)
 
 
@@ -84,8 +100,8 @@ def lacking() -> DatabaseError:
         "without them has taken over"
     )
     hint = (
-        "put the newer database back; or stop all daemons of the inbox, and write the missing rows again on each host: "
-        "imagewatch db recover"
+        "put the newer database back; or stop all daemons of the account, and write the missing rows again on each "
+        "host: imagewatch db recover, then imagewatch db recover --yes"
     )
     return DatabaseError(message, code=errno.ESTALE, hint=hint)
 

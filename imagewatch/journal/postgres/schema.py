@@ -44,7 +44,7 @@ CREATE TABLE about (
     version INTEGER NOT NULL
 );
 CREATE TABLE accounts (
-    name TEXT PRIMARY KEY               -- its row is locked by whatever spends
+    name TEXT PRIMARY KEY               -- its row is locked by each transaction that records an attempt
 );
 CREATE TABLE instances (
     account     TEXT NOT NULL DEFAULT {_ACCOUNT},
@@ -158,7 +158,7 @@ CREATE TABLE holds ({_OWNED},
     seconds DOUBLE PRECISION NOT NULL DEFAULT 0,  -- from the last refusal to the next probe
     next_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- of the next probe
     prober  TEXT NOT NULL DEFAULT '',   -- the job that is sent as a probe; these four only of the account's holds
-    probe_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- then another may be sent, whatever became of it
+    probe_ends_at DOUBLE PRECISION NOT NULL DEFAULT 0,  -- then another may be sent, also if this one has no result
     PRIMARY KEY (account, scope, kind)
 );
 CREATE TABLE requests ({_OWNED},

@@ -107,7 +107,9 @@ def _storable(value: object) -> object:
 
 
 class _Connection(psycopg.Connection[Found]):
-    """A connection on which no statement waits forever: a server that hangs still has its side of the network open.
+    """A connection on which no statement waits without a limit.
+
+    A server that hangs still has its side of the network open.
 
     Attributes:
         on_silence: Called after each ``_SILENT_SECONDS`` without an answer; it raises an error to wait no longer.
