@@ -18,7 +18,6 @@ from support.proxy import Proxy
 
 from imagewatch.protocol.values import Decision
 from imagewatch.system.errors import LostJobError, SpoolError
-from shared.test_daemons import replace_by_earlier
 from shared.test_lost_commits import FLUX, claim, member, outcomes, row
 
 if TYPE_CHECKING:
@@ -298,7 +297,11 @@ def test_no_daemon_declares_an_unknown_charge_while_another_one_alone_has_the_re
 @pytest.mark.parametrize("point", ["journal Common._taken", "journal Journal.spend"])
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_payment(
-    inbox: Callable[..., Inbox], sandbox: Sandbox, postgres: Server, database: str, point: str, is_saved: bool
+    inbox: Callable[..., Inbox],
+    sandbox: Sandbox,
+    replace_by_earlier: Callable[[Callable[[], None]], None],
+    point: str,
+    is_saved: bool,
 ) -> None:
     world, prompt = inbox(), "a cat, twice?"
     one = world.members["one"]
@@ -317,7 +320,7 @@ def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_pay
         first.kill()
         sandbox.release()
 
-    replace_by_earlier(postgres, database, send)
+    replace_by_earlier(send)
     world.run(world.member("two"))
     if not is_saved:
         until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")

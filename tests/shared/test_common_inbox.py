@@ -3,55 +3,18 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pytest
-from support.daemon import TESTS, Folders, LoggedDaemon, command, until
+from support.daemon import TESTS, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from support.daemon import Folders, LoggedDaemon
 
     from imagewatch.sandbox import Sandbox
 
-LEASE = 10
 RUNNER = str(TESTS / "support/team_runner.py")
-
-
-@pytest.fixture
-def team(tmp_path: Path, sandbox: Sandbox, database: str) -> Callable[..., Folders]:
-    """Return a function that makes another daemon of the same inbox, with a state folder of its own."""
-
-    def made(name: str, **settings: Any) -> Folders:
-        given = {
-            "shared__database": database,
-            "shared__durability": "single",
-            "shared__instance": name,
-            "shared__inbox": "common",
-            "shared__lease_seconds": str(LEASE),
-            "endpoint__connect_timeout_seconds": "2",
-            "endpoint__timeout_seconds": "4",
-            "endpoint__deadline_seconds": "4",
-            **settings,
-        }
-        is_first = not (tmp_path / "watched").exists()
-        folders = Folders.__new__(Folders)
-        if is_first:
-            Folders.__init__(folders, tmp_path, sandbox.base_url, **given)
-        else:
-            environ = {f"IMAGEWATCH_{key.upper()}": value for key, value in given.items()}
-            first = Folders.__new__(Folders)
-            first.environ = {}
-            folders.root = tmp_path / "watched"
-            folders.environ = {**made.first.environ, **environ}  # type: ignore[attr-defined]
-        folders.state = tmp_path / f"state-{name}"
-        folders.environ["IMAGEWATCH_FOLDERS__STATE"] = str(folders.state)
-        if is_first:
-            made.first = folders  # type: ignore[attr-defined]
-            command(folders, "db", "init")
-        return folders
-
-    return made
 
 
 def results(folders: Folders) -> int:
