@@ -15,6 +15,8 @@ from shared.test_common_inbox import RUNNER
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from support.postgres import Server
+
     from imagewatch.sandbox import Sandbox
 
     Made = Callable[..., Folders]
@@ -251,14 +253,31 @@ def test_originals_of_a_published_job_are_archived(
     assert [row["credits"] for row in history(other)] == [one.receipt("first")["credits_charged"]] * 3
 
 
+@pytest.fixture
+def seen_now(postgres: Server, database: str) -> Callable[[str], None]:
+    """Return a function that lets a daemon be one that was seen a moment ago."""
+    update = "UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()) WHERE name = %s"
+
+    def act(name: str) -> None:
+        postgres.psql(update, database.rpartition("/")[2], [name])
+
+    return act
+
+
 def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
-    two: tuple[Folders, Folders], sandbox: Sandbox, replace_by_earlier: Replace, kill_in_flight: Kill, finish: Finish
+    two: tuple[Folders, Folders],
+    sandbox: Sandbox,
+    replace_by_earlier: Replace,
+    kill_in_flight: Kill,
+    seen_now: Callable[[str], None],
+    finish: Finish,
 ) -> None:
     one, other = two
     one.prompt("cat", "a cat")
     killed_at("spend", one)
     replace_by_earlier(lambda: kill_in_flight(one, RUNNER))
-    assert "was seen" in recovered(other, "--yes", code=75)  # in the copy the daemon that was killed has just run
+    seen_now("one")
+    assert "the daemon one on" in recovered(other, "--yes", code=75)
     until(lambda: command(other, "db", "recover", "--yes").returncode == 0, timeout=60)
     finish(other, 3)
     assert one.error("cat")["charged"] == "unknown"
@@ -268,7 +287,7 @@ def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
 def test_it_is_refused_while_another_daemon_of_the_inbox_runs(two: tuple[Folders, Folders], run: Run) -> None:
     one, other = two
     run(one, script=RUNNER)
-    assert "one" in recovered(other, "--yes", code=75)
+    assert "the daemon one on" in recovered(other, "--yes", code=75)
 
 
 def test_a_daemon_of_another_host_needs_it_too(

@@ -59,7 +59,7 @@ def holds(member: Member) -> set[str]:
     return {hold["kind"] for hold in page["holds"]}
 
 
-# A daemon that is gone
+# A daemon that does not come back
 
 
 def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_leads(
@@ -92,7 +92,7 @@ def test_prompts_that_a_killed_daemon_had_taken_and_not_moved_are_sent_once(
     until(lambda: team.leader() == "two", 30)
     taken = "INSERT INTO jobs (account, inbox, instance, id, folder, stem, claim, state, opened_at, holder, epoch)"
     claim = '{"job":"0123456789abcdef","folder":"","stem":"cat","prompt":"cat.prompt.txt","images":[],"at":1.0}'
-    values = f"VALUES ('main', 'common', 'gone', '0123456789abcdef', '', 'cat', '{claim}', 'open', 1, 'gone', 1)"
+    values = f"VALUES ('main', 'common', 'removed', '0123456789abcdef', '', 'cat', '{claim}', 'open', 1, 'removed', 1)"
     team.rows(f"{taken} {values}")
     team.folders.prompt("cat", "a cat")
     one.kill()
