@@ -67,7 +67,7 @@ def test_a_hold_begins_while_the_database_is_out_of_reach_and_ends_when_it_is_ba
     until(lambda: account.is_over(2), 40, saw=daemon.log)
     until(lambda: member.holds() == [])
     assert {line["kind"] for line in daemon.events("held")} == {"database"}
-    assert [line["kind"] for line in daemon.events("released")][-1] == "database"
+    assert daemon.wait_for("released")["kind"] == "database"
     assert sandbox.report()["requests"] == 2
     assert daemon.stop() == 0
 
@@ -254,9 +254,11 @@ def test_what_a_crash_of_the_server_has_undone_is_done_again(
     own_account: Account, own_postgres: Server, sandbox: Sandbox, begin: Begin
 ) -> None:
     """The end of a job is committed without a wait for the disk."""
-    member = own_account.member("one", sandbox.base_url)
+    member = own_account.member("one", sandbox.base_url, shared__lease_seconds="3600")  # else it writes more meanwhile
     daemon = begin(member)
-    own_postgres.set(wal_writer_delay="10s")
+    own_postgres.set(bgwriter_lru_maxpages=0)
+    ((writer,),) = own_postgres.psql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
+    os.kill(writer, signal.SIGSTOP)
     member.prompt("cat", "cat")
     until(lambda: "cat" in member.finished() and set(member.job_states().values()) == {"done"})
     own_postgres.kill()
