@@ -95,14 +95,15 @@ def test_nothing_is_sent_until_the_database_can_be_used_again(
     (hold,) = holds(folders).values()
     assert (hold["reason"], hold["next"]) == ("the shared database cannot be reached: connection refused", HINT)
     assert hold["next_try_at"]
-    (event,) = daemon.events("held")
+    event = daemon.wait_for("held")
     assert (event["kind"], event["level"], event["next"]) == ("database", "error", HINT)
     until(lambda: "the shared database cannot be used" in (folders.root / "imagewatch-status.txt").read_text())
     assert "connection refused" not in (folders.root / "imagewatch-status.txt").read_text()
     assert sandbox.report()["requests"] == 0
     gate.unlink()
     paid_once(folders, sandbox)
-    assert [one["kind"] for one in daemon.events("released")] == ["database"]
+    assert daemon.wait_for("released")["kind"] == "database"
+    assert [len(daemon.events(name)) for name in ("held", "released")] == [1, 1]
     assert daemon.stop() == 0
 
 

@@ -125,8 +125,6 @@ import os, signal
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
 from imagewatch.journal.journal import Journal
-from imagewatch.journal.sqlite import SqliteDatabase
-from imagewatch.journal.sqlite import SqliteDatabase
 
 Journal.spend = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 Daemon(load(None, os.environ), os.environ, once=True).run()

@@ -115,95 +115,49 @@ def test_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
 
 # Ledgers of older versions
 
-FORMAT_1 = """
-CREATE TABLE IF NOT EXISTS attempts (
-    job             TEXT NOT NULL,
-    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
-    source          TEXT NOT NULL,      -- path of the prompt below the inbox
-    source_size     INTEGER NOT NULL,   -- bytes
-    source_mtime_ns INTEGER NOT NULL,
-    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
-    prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unknown', 'invalid')),
-    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
-    credits         REAL,               -- NULL: not said
-    provider        TEXT NOT NULL,
-    model           TEXT NOT NULL,
-    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
-    asked           INTEGER NOT NULL,
-    got             INTEGER NOT NULL,
-    status          INTEGER NOT NULL,   -- HTTP, 0: no answer
-    code            TEXT NOT NULL,
-    message         TEXT NOT NULL,
-    request_id      TEXT NOT NULL,
-    endpoint        TEXT NOT NULL,
-    version         TEXT NOT NULL,
-    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
-    sent_at         REAL,
-    answered_at     REAL,
+
+def tables(outcomes: str, added: str = "") -> str:
+    """What versions before the sums created.
+
+    Args:
+        outcomes: Those that an attempt could have.
+        added: Columns that it got after the first format.
+    """
+    return f"""
+CREATE TABLE attempts (
+    job TEXT NOT NULL, attempt INTEGER NOT NULL, source TEXT NOT NULL, source_size INTEGER NOT NULL,
+    source_mtime_ns INTEGER NOT NULL, contents TEXT NOT NULL, prompt_sha256 TEXT NOT NULL,
+    outcome TEXT NOT NULL CHECK (outcome IN ({outcomes})),
+    charged TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
+    credits REAL, provider TEXT NOT NULL, model TEXT NOT NULL, fields TEXT NOT NULL, asked INTEGER NOT NULL,
+    got INTEGER NOT NULL, status INTEGER NOT NULL, code TEXT NOT NULL, message TEXT NOT NULL,
+    request_id TEXT NOT NULL, endpoint TEXT NOT NULL, version TEXT NOT NULL, claimed_at REAL NOT NULL,
+    sent_at REAL, answered_at REAL, {added}
     PRIMARY KEY (job, attempt)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
-CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
-CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
-CREATE TABLE IF NOT EXISTS redeliveries (
-    job     TEXT PRIMARY KEY,           -- the finished job whose files came again
-    times   INTEGER NOT NULL,
-    last_at REAL NOT NULL               -- seconds since the epoch, UTC
-) WITHOUT ROWID;
+CREATE INDEX attempts_by_time ON attempts (sent_at);
+CREATE INDEX attempts_by_claim ON attempts (claimed_at);
+CREATE INDEX attempts_by_source ON attempts (source);
+CREATE TABLE redeliveries (job TEXT PRIMARY KEY, times INTEGER NOT NULL, last_at REAL NOT NULL) WITHOUT ROWID;
 """
 
 
-FORMAT_3 = """
-CREATE TABLE IF NOT EXISTS meta (
-    name  TEXT PRIMARY KEY,             -- id: of this ledger; proved: written to see whether rows can be
-    value TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS attempts (
-    job             TEXT NOT NULL,
-    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
-    source          TEXT NOT NULL,      -- path of the prompt below the inbox
-    source_size     INTEGER NOT NULL,   -- bytes
-    source_mtime_ns INTEGER NOT NULL,
-    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where it is not needed
-    prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    -- sent: its result is not known yet
-    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'completed', 'refused', 'busy', 'unknown', 'invalid')),
-    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
-    credits         REAL,               -- NULL: not reported
-    provider        TEXT NOT NULL,
-    model           TEXT NOT NULL,
-    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
-    asked           INTEGER NOT NULL,
-    got             INTEGER NOT NULL,
-    status          INTEGER NOT NULL,   -- HTTP, 0: no response
-    code            TEXT NOT NULL,
-    message         TEXT NOT NULL,
-    request_id      TEXT NOT NULL,
-    endpoint        TEXT NOT NULL,
-    version         TEXT NOT NULL,
-    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
-    sent_at         REAL,
-    answered_at     REAL,
-    asked_provider  TEXT NOT NULL DEFAULT '',  -- of the request; the response may name another
-    price_kind      TEXT NOT NULL DEFAULT '',  -- equal for requests whose images cost the same; empty: not known
-    transaction_id  TEXT NOT NULL DEFAULT '',  -- of the response's billing
-    new_credit_balance REAL,                   -- the same: balance of the account; NULL: not reported
-    owner           TEXT NOT NULL DEFAULT '',  -- user to whom the prompt file belonged
-    placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
-    PRIMARY KEY (job, attempt)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
-CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
-CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
-CREATE TABLE IF NOT EXISTS redeliveries (
-    job     TEXT PRIMARY KEY,           -- the finished job whose files were delivered again
-    times   INTEGER NOT NULL,
-    last_at REAL NOT NULL               -- seconds since the epoch, UTC
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
-CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
+FORMAT_1 = tables("'made', 'refused', 'busy', 'unknown', 'invalid'")
+FORMAT_2 = (
+    tables(
+        "'sent', 'made', 'refused', 'busy', 'unknown', 'invalid'",
+        """
+    asked_provider TEXT NOT NULL DEFAULT '', price_kind TEXT NOT NULL DEFAULT '',
+    transaction_id TEXT NOT NULL DEFAULT '', new_credit_balance REAL, owner TEXT NOT NULL DEFAULT '',
+    placed_mtime_ns INTEGER NOT NULL DEFAULT 0,
+""",
+    )
+    + """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
+CREATE INDEX attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
 """
+)
 
 
 @pytest.fixture
@@ -261,7 +215,7 @@ def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
             return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
 
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript(FORMAT_3.replace("'completed'", "'made'"))
+        database.executescript(FORMAT_2)
         database.execute("PRAGMA user_version = 2")
         known = {name for _, name, *_ in database.execute("PRAGMA table_info(attempts)")}
         values = {name: value for name, value in msgspec.structs.asdict(row()).items() if name in known}

@@ -18,7 +18,6 @@ from support.proxy import Proxy
 
 from imagewatch.protocol.values import Decision
 from imagewatch.system.errors import LostJobError, SpoolError
-from shared.test_daemons import replace_by_earlier
 from shared.test_lost_commits import FLUX, claim, member, outcomes, row
 
 if TYPE_CHECKING:
@@ -298,7 +297,11 @@ def test_no_daemon_declares_an_unknown_charge_while_another_one_alone_has_the_re
 @pytest.mark.parametrize("point", ["journal Common._taken", "journal Journal.spend"])
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_payment(
-    inbox: Callable[..., Inbox], sandbox: Sandbox, postgres: Server, database: str, point: str, is_saved: bool
+    inbox: Callable[..., Inbox],
+    sandbox: Sandbox,
+    replace_by_earlier: Callable[[Callable[[], None]], None],
+    point: str,
+    is_saved: bool,
 ) -> None:
     world, prompt = inbox(), "a cat, twice?"
     one = world.members["one"]
@@ -317,7 +320,7 @@ def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_pay
         first.kill()
         sandbox.release()
 
-    replace_by_earlier(postgres, database, send)
+    replace_by_earlier(send)
     world.run(world.member("two"))
     if not is_saved:
         until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")
@@ -330,27 +333,30 @@ def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_pay
 # The journal alone
 
 
-def test_the_right_to_send_is_not_spent_by_a_daemon_whose_job_was_taken_over(
-    database: str, member: Callable[..., Journal]
-) -> None:
+@pytest.fixture
+def replaced(database: str, member: Callable[..., Journal]) -> tuple[Journal, Journal]:
+    """The journal of a daemon that has taken a job, and that of the one which has taken it over."""
     one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
     one.common.offer_all([claim()])
     assert [taken.epoch for taken in one.common.take(5)] == [1]
     one.common.let_go()
     assert [taken.epoch for taken in two.common.take_over(5)] == [2]
+    return one, two
+
+
+def test_the_right_to_send_is_not_spent_by_a_daemon_whose_job_was_taken_over(
+    replaced: tuple[Journal, Journal],
+) -> None:
+    one, two = replaced
     with pytest.raises(LostJobError):
         one.spend(row(nonce="one"), FLUX, skip_repeated=False)
     assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
 
 
 def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
-    database: str, member: Callable[..., Journal], postgres: Server
+    replaced: tuple[Journal, Journal], database: str, postgres: Server
 ) -> None:
-    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
-    one.common.offer_all([claim()])
-    one.common.take(5)
-    one.common.let_go()
-    two.common.take_over(5)
+    one, two = replaced
     assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
     one.unsent("a", 1, "one")
     one.common.unsent("a", 1, "one")
@@ -362,13 +368,9 @@ def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
 
 
 def test_how_a_job_ends_is_not_decided_by_a_daemon_that_another_one_has_replaced(
-    database: str, member: Callable[..., Journal]
+    replaced: tuple[Journal, Journal],
 ) -> None:
-    one, two = member(database, "one", common="inbox"), member(database, "two", common="inbox")
-    one.common.offer_all([claim()])
-    one.common.take(5)
-    one.common.let_go()
-    two.common.take_over(5)
+    one, two = replaced
     with pytest.raises(LostJobError):
         one.decide(claim(), Decision(destination="discarded"), None)
     two.decide(claim(), Decision(destination="discarded"), None)

@@ -1,4 +1,3 @@
-# ruff: noqa: F811  fixtures of other files
 """What a common inbox needs of its file system, and whose inbox it is."""
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from support.daemon import Folders, LoggedDaemon, Running
 from imagewatch.job.common_folder import FolderProbes, Whose, claim_inbox, require_tried
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import AlreadyRunning, ConfigError, SpoolError
-from shared.test_common_inbox import team  # noqa: F401  a fixture
 
 if TYPE_CHECKING:
     from collections.abc import Callable

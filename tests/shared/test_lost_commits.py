@@ -92,6 +92,26 @@ def waits(server: Server, kind: str) -> Callable[[], bool]:
     return lambda: bool(server.psql(question, parameters=(kind, kind)))
 
 
+@pytest.fixture
+def standby(own_postgres: Server) -> Server:
+    """The synchronous standby of the server of a test."""
+    return own_postgres.standby(synchronous=True)
+
+
+def either(first: int, second: int, uri: str) -> str:
+    """How to connect to a database on that of two servers which can be written."""
+    return f"host=127.0.0.1,127.0.0.1 port={first},{second} user=imagewatch dbname={uri.rpartition('/')[2]}"
+
+
+def is_back(journal: Journal, then: Callable[[], bool] = lambda: True) -> bool:
+    """Whether the database can be read and written again, and then something is so."""
+    with contextlib.suppress(DatabaseError):
+        journal.require(prove=True)
+        journal.require()
+        return then()
+    return False
+
+
 def test_an_attempt_whose_commit_was_not_acknowledged_is_never_sent(
     database: str, postgres: Server, proxy: Proxy, member: Callable[..., Journal]
 ) -> None:
@@ -198,15 +218,7 @@ def test_a_server_that_hangs_does_not_delay_a_thread_for_long(
         journal.require(prove=True) if question == "write" else journal.ledger.redelivered()
     assert time.monotonic() - began < 10
     proxy.restore()
-
-    def is_back() -> bool:
-        with contextlib.suppress(DatabaseError):
-            journal.require(prove=True)
-            journal.require()
-            return True
-        return False
-
-    until(is_back)
+    until(lambda: is_back(journal))
 
 
 def test_while_the_database_is_out_of_reach_many_threads_do_not_wait_one_after_the_other(
@@ -229,10 +241,9 @@ def test_while_the_database_is_out_of_reach_many_threads_do_not_wait_one_after_t
 
 
 def test_a_canceled_wait_for_the_standby_counts_as_not_written(
-    own_postgres: Server, member: Callable[..., Journal]
+    own_postgres: Server, standby: Server, member: Callable[..., Journal]
 ) -> None:
     uri = own_postgres.database()
-    standby = own_postgres.standby(synchronous=True)
     journal = member(uri, is_replicated=True, patience=30.0)
     journal.require(prove=True)
     standby.stop()
@@ -249,10 +260,9 @@ def test_a_canceled_wait_for_the_standby_counts_as_not_written(
 
 
 def test_a_stopped_standby_lets_threads_give_up_and_its_return_lets_all_continue(
-    own_postgres: Server, member: Callable[..., Journal]
+    own_postgres: Server, standby: Server, member: Callable[..., Journal]
 ) -> None:
     uri = own_postgres.database()
-    standby = own_postgres.standby(synchronous=True)
     journal = member(uri, is_replicated=True, patience=1.0)
     journal.require(prove=True)
     standby.stop()
@@ -264,13 +274,7 @@ def test_a_stopped_standby_lets_threads_give_up_and_its_return_lets_all_continue
             spend(journal, row("b"))
     assert time.monotonic() - began < 5, "the next ones do not wait as long"
     standby.start()
-
-    def continues() -> bool:
-        with contextlib.suppress(DatabaseError):
-            return journal.job("a") is not None
-        return False
-
-    until(continues)
+    until(lambda: is_back(journal, lambda: journal.job("a") is not None))
     assert outcomes(own_postgres, uri) == {("a", 1): "unsent"}
     assert spend(journal, row("a", 2)) is None
     assert spend(journal, row("b")) is None
@@ -278,7 +282,11 @@ def test_a_stopped_standby_lets_threads_give_up_and_its_return_lets_all_continue
 
 @pytest.mark.parametrize("primary", ["killed", "hanging"])
 def test_after_a_failover_to_the_synchronous_standby_every_attempt_is_known(
-    own_postgres: Server, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch, primary: str
+    own_postgres: Server,
+    standby: Server,
+    member: Callable[..., Journal],
+    monkeypatch: pytest.MonkeyPatch,
+    primary: str,
 ) -> None:
     """The primary that hangs has its side of the network open for good, as a stopped virtual machine may."""
     from support.proxy import Proxy  # noqa: PLC0415
@@ -287,11 +295,8 @@ def test_after_a_failover_to_the_synchronous_standby_every_attempt_is_known(
     monkeypatch.setattr("imagewatch.journal.postgres.session.CONNECT_SECONDS", 2)
     monkeypatch.setitem(_parameters(), "connect_timeout", "2")
     uri = own_postgres.database()
-    standby = own_postgres.standby(synchronous=True)
     with Proxy(own_postgres.port) as proxy:
-        ports = f"{proxy.port},{standby.port}"
-        both = f"host=127.0.0.1,127.0.0.1 port={ports} user=imagewatch dbname={uri.rpartition('/')[2]}"
-        journal = member(both, patience=2.0)
+        journal = member(either(proxy.port, standby.port, uri), patience=2.0)
         assert spend(journal, row("a")) is None
         if primary == "killed":
             own_postgres.kill()
@@ -300,14 +305,7 @@ def test_after_a_failover_to_the_synchronous_standby_every_attempt_is_known(
         with pytest.raises(DatabaseError):
             spend(journal, row("b"))
         standby.promote()
-
-        def is_back() -> bool:
-            with contextlib.suppress(DatabaseError):
-                journal.require(prove=True)
-                return journal.job("b") is None
-            return False
-
-        until(is_back, timeout=40)
+        until(lambda: is_back(journal, lambda: journal.job("b") is None), timeout=40)
         assert outcomes(standby, uri)["a", 1] == "sent"
         with pytest.raises(SpoolError, match="must not be sent"):
             spend(journal, replace(row("a"), nonce="another"))
@@ -315,31 +313,21 @@ def test_after_a_failover_to_the_synchronous_standby_every_attempt_is_known(
 
 
 def test_a_commit_that_hangs_on_a_replaced_primary_does_not_hang_forever(
-    own_postgres: Server, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+    own_postgres: Server, standby: Server, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from support.proxy import Proxy  # noqa: PLC0415
 
     monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
     monkeypatch.setitem(_parameters(), "connect_timeout", "2")
     uri = own_postgres.database()
-    standby = own_postgres.standby(synchronous=True)
     with Proxy(own_postgres.port) as proxy:
-        ports = f"{proxy.port},{standby.port}"
-        both = f"host=127.0.0.1,127.0.0.1 port={ports} user=imagewatch dbname={uri.rpartition('/')[2]}"
-        journal = member(both, patience=2.0)
+        journal = member(either(proxy.port, standby.port, uri), patience=2.0)
         journal.require(prove=True)
         hang_at_commit(proxy, monkeypatch)
         with pytest.raises(UncertainError):
             journal.file.change(lambda _: None)
         standby.promote()
-
-        def is_back() -> bool:
-            with contextlib.suppress(DatabaseError):
-                journal.require(prove=True)
-                return True
-            return False
-
-        until(is_back, timeout=40)
+        until(lambda: is_back(journal), timeout=40)
 
 
 def hang_at_commit(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> threading.Event:

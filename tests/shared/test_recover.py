@@ -1,4 +1,3 @@
-# ruff: noqa: F811  fixtures of other files
 """``imagewatch db recover``: a database that was replaced by an earlier copy gets its rows back from the folders."""
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import Folders, LoggedDaemon, Running, command, until
 
-from shared.test_common_inbox import RUNNER, team  # noqa: F401  a fixture
-from shared.test_daemons import member, replace_by_earlier  # noqa: F401  a fixture
+from shared.test_common_inbox import RUNNER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +18,12 @@ if TYPE_CHECKING:
     from support.postgres import Server
 
     from imagewatch.sandbox import Sandbox
+
+    Made = Callable[..., Folders]
+    Run = Callable[..., LoggedDaemon]
+    Kill = Callable[..., None]
+    Finish = Callable[[Folders, int], None]
+    Replace = Callable[[Callable[[], None]], None]
 
 
 def recovered(folders: Folders, *options: str, code: int = 0) -> str:
@@ -37,13 +41,7 @@ def claims(folders: Folders) -> list[str]:
     return [name for name in folders.names("inbox") if name.startswith(".imagewatch/")]
 
 
-def run_to_the_end(folders: Folders, count: int, run: Callable[..., LoggedDaemon]) -> LoggedDaemon:
-    daemon = run(folders, script=RUNNER)
-    until(lambda: len(folders.finished()) == count and folders.names("inbox") == [], timeout=60)
-    return daemon
-
-
-def complete(folders: Folders, stem: str, run: Callable[..., LoggedDaemon]) -> None:
+def complete(folders: Folders, stem: str, run: Run) -> None:
     """Let a daemon of a common inbox process a prompt, and stop it."""
     daemon = run(folders, script=RUNNER)
     folders.prompt(stem, "a cat")
@@ -55,9 +53,9 @@ def complete(folders: Folders, stem: str, run: Callable[..., LoggedDaemon]) -> N
 
 
 def test_a_completed_job_whose_rows_are_lost_counts_again_and_the_daemon_starts(
-    member: Callable[..., Folders], sandbox: Sandbox, postgres: Server, database: str
+    alone: Made, sandbox: Sandbox, replace_by_earlier: Replace
 ) -> None:
-    folders = member("one")
+    folders = alone("one")
     folders.prompt("dog", "a dog")
     assert Running(folders, "once").wait() == 0
 
@@ -65,7 +63,7 @@ def test_a_completed_job_whose_rows_are_lost_counts_again_and_the_daemon_starts(
         folders.prompt("anna/cat", "a cat")
         assert Running(folders, "once").wait() == 0
 
-    replace_by_earlier(postgres, database, completed)
+    replace_by_earlier(completed)
     text = recovered(folders, code=1)
     assert "anna/cat.prompt.txt" in text
     assert "completed, 30 credits" in text
@@ -83,9 +81,9 @@ def test_a_completed_job_whose_rows_are_lost_counts_again_and_the_daemon_starts(
 
 
 def test_refused_and_invalid_jobs_count_again_with_their_outcome(
-    member: Callable[..., Folders], sandbox: Sandbox, postgres: Server, database: str
+    alone: Made, sandbox: Sandbox, replace_by_earlier: Replace
 ) -> None:
-    folders = member("one")
+    folders = alone("one")
     folders.prompt("dog", "a dog")
     assert Running(folders, "once").wait() == 0
 
@@ -94,7 +92,7 @@ def test_refused_and_invalid_jobs_count_again_with_their_outcome(
         folders.prompt("bad", "---\nquality: hgih\n---\na cat")
         Running(folders, "once").wait()
 
-    replace_by_earlier(postgres, database, failed)
+    replace_by_earlier(failed)
     recovered(folders, "--yes")
     assert {row["source"]: row["outcome"] for row in history(folders)} == {
         "dog.prompt.txt": "completed",
@@ -104,21 +102,14 @@ def test_refused_and_invalid_jobs_count_again_with_their_outcome(
 
 
 def test_a_request_in_flight_whose_rows_are_lost_is_an_unknown_charge(
-    member: Callable[..., Folders], sandbox: Sandbox, postgres: Server, database: str
+    alone: Made, sandbox: Sandbox, replace_by_earlier: Replace, kill_in_flight: Kill
 ) -> None:
-    folders = member("one")
+    folders = alone("one")
     folders.prompt("cat", "a cat")
     assert Running(folders, "once").wait() == 0
 
-    def dropped_and_killed() -> None:
-        sandbox.hold()
-        folders.prompt("dog", "a dog")
-        daemon = Running(folders, "run")
-        assert sandbox.wait_for_requests(2, 20)
-        daemon.kill()
-        sandbox.release()
-
-    replace_by_earlier(postgres, database, dropped_and_killed)
+    folders.prompt("dog", "a dog")
+    replace_by_earlier(lambda: kill_in_flight(folders))
     recovered(folders, "--yes")
     Running(folders, "once").wait()
     assert folders.error("dog")["charged"] == "unknown"
@@ -127,13 +118,9 @@ def test_a_request_in_flight_whose_rows_are_lost_is_an_unknown_charge(
 
 
 def test_a_job_that_was_in_flight_in_the_copy_gets_the_result_of_its_receipt(
-    member: Callable[..., Folders],
-    sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    alone: Made, sandbox: Sandbox, replace_by_earlier: Replace, run: Run
 ) -> None:
-    folders = member("one", shared__lease_seconds="10")
+    folders = alone("one", shared__lease_seconds="10")
     sandbox.hold()
     daemon = run(folders)
     folders.prompt("cat", "a cat")
@@ -144,7 +131,7 @@ def test_a_job_that_was_in_flight_in_the_copy_gets_the_result_of_its_receipt(
         until(lambda: folders.names("archive") == ["cat.prompt.txt"], timeout=60)
         assert daemon.stop() == 0
 
-    replace_by_earlier(postgres, database, completed)
+    replace_by_earlier(completed)
     until(lambda: command(folders, "db", "recover", "--yes").returncode == 0, timeout=60)
     assert Running(folders, "once").wait() == 0
     assert folders.finished() == {"cat": "outbox"}
@@ -152,8 +139,8 @@ def test_a_job_that_was_in_flight_in_the_copy_gets_the_result_of_its_receipt(
     assert sandbox.report()["requests"] == 1
 
 
-def test_it_is_refused_while_the_daemon_runs(member: Callable[..., Folders], run: Callable[..., LoggedDaemon]) -> None:
-    folders = member("one")
+def test_it_is_refused_while_the_daemon_runs(alone: Made, run: Run) -> None:
+    folders = alone("one")
     run(folders)
     assert "is running" in recovered(folders, "--yes", code=75)
 
@@ -162,7 +149,7 @@ def test_it_is_refused_while_the_daemon_runs(member: Callable[..., Folders], run
 
 
 @pytest.fixture
-def two(team: Callable[..., Folders], run: Callable[..., LoggedDaemon]) -> tuple[Folders, Folders]:
+def two(team: Made, run: Run) -> tuple[Folders, Folders]:
     """Two daemons, each of which has completed a prompt."""
     one, other = team("one"), team("two")
     complete(one, "first", run)
@@ -170,161 +157,141 @@ def two(team: Callable[..., Folders], run: Callable[..., LoggedDaemon]) -> tuple
     return one, other
 
 
-def stopped_before_its_first_byte(folders: Folders) -> None:
-    """Let a prompt be claimed, and kill the daemon before it sends anything."""
-    daemon = Running(folders, script=str(Path(RUNNER).with_name("recover_runner.py")))
+@pytest.fixture
+def finish(run: Run) -> Finish:
+    """Return a function that starts a daemon and waits until it has finished so many prompts."""
+
+    def act(folders: Folders, count: int) -> None:
+        run(folders, script=RUNNER)
+        until(lambda: len(folders.finished()) == count and folders.names("inbox") == [], timeout=60)
+
+    return act
+
+
+def killed_at(step: str, folders: Folders) -> None:
+    """Run a daemon that is killed when a job gets to a step: ``spend``, before its first byte; ``decide``; ``keep``."""
+    daemon = Running(folders, step, script=str(Path(RUNNER).with_name("recover_runner.py")))
     assert daemon.wait() == -signal.SIGKILL, daemon.output
 
 
 def test_a_claimed_prompt_of_which_nothing_was_sent_goes_back_into_its_folder(
-    two: tuple[Folders, Folders],
-    sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    two: tuple[Folders, Folders], sandbox: Sandbox, replace_by_earlier: Replace, finish: Finish
 ) -> None:
     one, other = two
 
     def claimed() -> None:
         one.prompt("anna/cat", "a cat")
-        stopped_before_its_first_byte(one)
+        killed_at("spend", one)
         assert [name for name in claims(one) if name.endswith("cat.prompt.txt")]
 
-    replace_by_earlier(postgres, database, claimed)
+    replace_by_earlier(claimed)
     assert "goes back into the inbox" in recovered(one, "--yes")
     assert one.names("inbox") == ["anna/cat.prompt.txt"]
     recovered(other, "--yes")
-    run_to_the_end(other, 3, run)
+    finish(other, 3)
     assert sandbox.report()["requests"] == 3
     assert one.receipt("anna/cat")["charged"] == "yes"
 
 
 def test_without_the_note_of_its_folder_it_goes_into_the_inbox_itself(
-    two: tuple[Folders, Folders], postgres: Server, database: str
+    two: tuple[Folders, Folders], replace_by_earlier: Replace
 ) -> None:
     one, _ = two
 
     def claimed() -> None:
         one.prompt("anna/cat", "a cat")
-        stopped_before_its_first_byte(one)
+        killed_at("spend", one)
         next((one.inbox / ".imagewatch").glob("*/claim.json")).write_bytes(b"")
 
-    replace_by_earlier(postgres, database, claimed)
+    replace_by_earlier(claimed)
     assert "its sub-folder is not known" in recovered(one, "--yes")
     assert one.names("inbox") == ["cat.prompt.txt"]
 
 
 def test_a_witnessed_request_is_never_sent_again(
-    two: tuple[Folders, Folders],
-    sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    two: tuple[Folders, Folders], sandbox: Sandbox, replace_by_earlier: Replace, kill_in_flight: Kill, finish: Finish
 ) -> None:
     one, other = two
-
-    def sent_and_killed() -> None:
-        sandbox.hold()
-        one.prompt("anna/cat", "a cat")
-        daemon = run(one, script=RUNNER)
-        assert sandbox.wait_for_requests(3, 20)
-        daemon.kill()
-        sandbox.release()
-
-    replace_by_earlier(postgres, database, sent_and_killed)
+    one.prompt("anna/cat", "a cat")
+    replace_by_earlier(lambda: kill_in_flight(one, RUNNER))
     assert "its request was sent" in recovered(other, "--yes")
     assert "lacks no job" in recovered(other, "--yes")
-    run_to_the_end(other, 3, run)
+    finish(other, 3)
     assert one.error("anna/cat")["charged"] == "unknown"
     assert sandbox.report()["requests"] == 3
     assert {row["outcome"] for row in history(other)} == {"completed", "unknown"}
 
 
 def test_a_response_in_a_claim_folder_is_published_by_another_daemon(
-    two: tuple[Folders, Folders],
-    sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    two: tuple[Folders, Folders], sandbox: Sandbox, replace_by_earlier: Replace, finish: Finish
 ) -> None:
     one, other = two
-
-    def answered_and_killed() -> None:
-        one.prompt("anna/cat", "a cat")
-        daemon = Running(one, "decide", script=str(Path(RUNNER).with_name("recover_runner.py")))
-        assert daemon.wait() == -signal.SIGKILL, daemon.output
-
-    replace_by_earlier(postgres, database, answered_and_killed)
+    one.prompt("anna/cat", "a cat")
+    replace_by_earlier(lambda: killed_at("decide", one))
     recovered(other, "--yes")
-    run_to_the_end(other, 3, run)
+    finish(other, 3)
     assert one.receipt("anna/cat")["charged"] == "yes"
     assert sandbox.report()["requests"] == 3
     assert {row["outcome"] for row in history(other)} == {"completed"}
 
 
 def test_originals_of_a_published_job_are_archived(
-    two: tuple[Folders, Folders],
-    sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    two: tuple[Folders, Folders], sandbox: Sandbox, replace_by_earlier: Replace, finish: Finish
 ) -> None:
     one, other = two
 
     def published_and_killed() -> None:
         one.prompt("anna/cat", "a cat")
-        daemon = Running(one, "keep", script=str(Path(RUNNER).with_name("recover_runner.py")))
-        assert daemon.wait() == -signal.SIGKILL, daemon.output
+        killed_at("keep", one)
         assert one.receipt("anna/cat")["charged"] == "yes"
 
-    replace_by_earlier(postgres, database, published_and_killed)
+    replace_by_earlier(published_and_killed)
     recovered(other, "--yes")
-    run_to_the_end(other, 3, run)
+    finish(other, 3)
     assert one.names("archive") == ["anna/cat.prompt.txt", "first.prompt.txt", "second.prompt.txt"]
     assert sandbox.report()["requests"] == 3
     assert [row["credits"] for row in history(other)] == [one.receipt("first")["credits_charged"]] * 3
 
 
+@pytest.fixture
+def seen_now(postgres: Server, database: str) -> Callable[[str], None]:
+    """Return a function that lets a daemon be one that was seen a moment ago."""
+    update = "UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()) WHERE name = %s"
+
+    def act(name: str) -> None:
+        postgres.psql(update, database.rpartition("/")[2], [name])
+
+    return act
+
+
 def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
     two: tuple[Folders, Folders],
     sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    replace_by_earlier: Replace,
+    kill_in_flight: Kill,
+    seen_now: Callable[[str], None],
+    finish: Finish,
 ) -> None:
     one, other = two
     one.prompt("cat", "a cat")
-    stopped_before_its_first_byte(one)
-
-    def sent_and_killed() -> None:
-        sandbox.hold()
-        daemon = run(one, script=RUNNER)
-        assert sandbox.wait_for_requests(3, 20)
-        daemon.kill()
-        sandbox.release()
-
-    replace_by_earlier(postgres, database, sent_and_killed)
-    assert "was seen" in recovered(other, "--yes", code=75)  # in the copy the daemon that was killed has just run
+    killed_at("spend", one)
+    replace_by_earlier(lambda: kill_in_flight(one, RUNNER))
+    seen_now("one")
+    assert "the daemon one on" in recovered(other, "--yes", code=75)
     until(lambda: command(other, "db", "recover", "--yes").returncode == 0, timeout=60)
-    run_to_the_end(other, 3, run)
+    finish(other, 3)
     assert one.error("cat")["charged"] == "unknown"
     assert sandbox.report()["requests"] == 3
 
 
-def test_it_is_refused_while_another_daemon_of_the_inbox_runs(
-    two: tuple[Folders, Folders], run: Callable[..., LoggedDaemon]
-) -> None:
+def test_it_is_refused_while_another_daemon_of_the_inbox_runs(two: tuple[Folders, Folders], run: Run) -> None:
     one, other = two
     run(one, script=RUNNER)
-    assert "one" in recovered(other, "--yes", code=75)
+    assert "the daemon one on" in recovered(other, "--yes", code=75)
 
 
 def test_a_daemon_of_another_host_needs_it_too(
-    two: tuple[Folders, Folders],
-    sandbox: Sandbox,
-    postgres: Server,
-    database: str,
-    run: Callable[..., LoggedDaemon],
+    two: tuple[Folders, Folders], sandbox: Sandbox, replace_by_earlier: Replace, run: Run
 ) -> None:
     one, other = two
 
@@ -332,7 +299,7 @@ def test_a_daemon_of_another_host_needs_it_too(
         complete(one, "third", run)
         complete(other, "fourth", run)
 
-    replace_by_earlier(postgres, database, completed)
+    replace_by_earlier(completed)
     recovered(one, "--yes")
     assert run(one).stop() == 0
     refused = Running(other, "run")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from imagewatch.journal.journal import Journal
 
-member = lost.member
+member, standby = lost.member, lost.standby
 FAILURES = (AssertionError, pytest.fail.Exception)
 
 
@@ -158,8 +158,8 @@ def test_without_a_precaution_that_fails(
 
 
 def test_without_the_warnings_of_a_commit_a_canceled_wait_is_taken_as_written(
-    own_postgres: Server, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+    own_postgres: Server, standby: Server, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_warnings(monkeypatch)
     with pytest.raises(FAILURES):
-        lost.test_a_canceled_wait_for_the_standby_counts_as_not_written(own_postgres, member)
+        lost.test_a_canceled_wait_for_the_standby_counts_as_not_written(own_postgres, standby, member)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import shutil
 import socket
 import subprocess
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
+UNPRIVILEGED = 65534
+"""A user and a group without any rights."""
 BOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 
 
@@ -192,10 +193,9 @@ class Bouncer:
         (self.folder / "users").write_text(f'"{OWNER}" ""\n')
         as_user: dict[str, Any] = {}
         if os.geteuid() == 0:  # it refuses to run as root
-            user = pwd.getpwnam("nobody")
             for path in (self.folder, *self.folder.iterdir()):
-                os.chown(path, user.pw_uid, user.pw_gid)
-            as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+                os.chown(path, UNPRIVILEGED, UNPRIVILEGED)
+            as_user = {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
         self.process = subprocess.Popen(
             [BOUNCER, "-q", str(settings)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **as_user
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 LATE = LEASE + 10
 """How long after a kill others may take to carry on, seconds."""
+PATIENT = {"endpoint__timeout_seconds": "60", "endpoint__deadline_seconds": "60"}
+"""For daemons whose requests wait in the endpoint until the test lets it answer."""
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def holds(member: Member) -> set[str]:
     return {hold["kind"] for hold in page["holds"]}
 
 
-# A daemon that is gone
+# A daemon that does not come back
 
 
 def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_leads(
@@ -72,11 +73,9 @@ def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_le
     assert sandbox.wait_for_requests(1, 20)
     until(lambda: not team.in_flight())
     two.signal(signal.SIGCONT)
-    killed = time.monotonic()
     one.kill()
     team.folders.prompt("dog", "a dog")
     assert sandbox.wait_for_requests(3, LATE)
-    assert {call["at"] - killed < LATE for call in sandbox.report()["calls"][1:]} == {True}
     assert team.leader() == "two"
     one.start()  # its state folder still has the response that was free
     completed(team, 2)
@@ -92,19 +91,20 @@ def test_prompts_that_a_killed_daemon_had_taken_and_not_moved_are_sent_once(
     until(lambda: team.leader() == "two", 30)
     taken = "INSERT INTO jobs (account, inbox, instance, id, folder, stem, claim, state, opened_at, holder, epoch)"
     claim = '{"job":"0123456789abcdef","folder":"","stem":"cat","prompt":"cat.prompt.txt","images":[],"at":1.0}'
-    values = f"VALUES ('main', 'common', 'gone', '0123456789abcdef', '', 'cat', '{claim}', 'open', 1, 'gone', 1)"
+    values = f"VALUES ('main', 'common', 'removed', '0123456789abcdef', '', 'cat', '{claim}', 'open', 1, 'removed', 1)"
     team.rows(f"{taken} {values}")
     team.folders.prompt("cat", "a cat")
     one.kill()
     completed(team, 1)
     assert sandbox.report()["requests"] == 1
-    assert two.events("completed")
+    assert two.log is not None
+    two.log.wait_for("completed")
 
 
 def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_immediately(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = make("one", "two", limits__concurrency="2")
+    team = make("one", "two", limits__concurrency="2", **PATIENT)
     one, two = team.members.values()
     sandbox.hold()
     for number in range(12):
@@ -118,7 +118,8 @@ def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_im
     assert one.log.end() == 0
     completed(team, 12)
     assert len(one.events("completed")) == 2
-    assert len(two.events("completed")) == 10
+    assert two.log is not None
+    two.log.wait_for("completed", 10)
     assert sandbox.report()["requests"] == 12
 
 
@@ -203,15 +204,15 @@ def test_a_hold_concerns_one_daemon_and_the_others_continue(make: Callable[..., 
     for number in range(5):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     completed(team, 5)
+    two.log.wait_for("completed", 5)  # type: ignore[union-attr]
     assert one.events("completed") == []
-    assert len(two.events("completed")) == 5
     assert command(two.folders, "hold").returncode == 0
     two.log.wait_for("held")  # type: ignore[union-attr]
     team.folders.prompt("dog", "a dog")
     until(lambda: team.rows("SELECT id FROM jobs WHERE holder = '' AND state = 'open'"))
     assert command(one.folders, "release").returncode == 0
     completed(team, 6)
-    assert len(one.events("completed")) == 1
+    one.log.wait_for("completed")  # type: ignore[union-attr]
     assert holds(two) == {"manual"}
     assert sandbox.report()["requests"] == 6
 
@@ -271,7 +272,7 @@ def test_retry_is_done_by_another_daemon_if_the_one_that_has_the_response_does_n
     until(lambda: other.events("response_reread"), LATE)
     until(lambda: other.events("failed"), saw=lambda: str(other.logs[0].log()))
     assert sandbox.report()["requests"] == 1
-    assert team.rows("SELECT state, holder FROM jobs") == [{"state": "kept", "holder": other.name}]
+    until(lambda: team.rows("SELECT state, holder FROM jobs") == [{"state": "kept", "holder": other.name}])
 
 
 def test_retry_reports_that_only_a_removed_daemon_had_the_response(make: Callable[..., Team], sandbox: Sandbox) -> None:
@@ -295,7 +296,7 @@ def test_submit_waits_for_a_prompt_whichever_daemon_has_it(make: Callable[..., T
 
 
 def test_a_reload_of_one_daemon_does_not_disturb_the_others(make: Callable[..., Team], sandbox: Sandbox) -> None:
-    team = make("one", "two")
+    team = make("one", "two", **PATIENT)
     one, _ = team.members.values()
     sandbox.hold()
     for number in range(4):

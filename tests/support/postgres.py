@@ -21,7 +21,7 @@ from urllib.parse import quote
 from support.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PATIENCE = 60.0
 _ROOM_BYTES = 2 << 30
@@ -240,6 +240,22 @@ class Server:
     def drop(self, name: str) -> None:
         """Remove a database, also if there are connections to it."""
         self.psql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def replace_by_earlier(self, uri: str, act: Callable[[], None]) -> None:
+        """Copy a database, let something happen, then put the copy in its place, as a restored backup."""
+        name = uri.rpartition("/")[2]
+        self._disconnect(name)
+        self.psql(f"CREATE DATABASE {name}_copy TEMPLATE {name} OWNER {OWNER}")
+        self.psql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        act()
+        self._disconnect(name)
+        self.psql(f"ALTER DATABASE {name} RENAME TO {name}_newer")
+        self.psql(f"ALTER DATABASE {name}_copy RENAME TO {name}")
+
+    def _disconnect(self, name: str) -> None:
+        """End all connections to a database, and allow no new ones."""
+        self.psql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        self.psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
 
     def psql(self, sql: str, database: str = "postgres", parameters: Sequence[Any] | None = None) -> list[Any]:
         """Execute SQL as the superuser, outside of a transaction, and return the rows."""

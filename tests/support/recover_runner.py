@@ -20,7 +20,7 @@ def die(*_arguments: object, **_options: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    step = sys.argv[1] if len(sys.argv) > 1 else "spend"
+    step = sys.argv[1]
     setattr(STEPS[step], step, die)
     sys.argv[1:] = ["run"]
     main()

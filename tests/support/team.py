@@ -158,7 +158,7 @@ class Team:
         for member in self.members.values():
             shown += [f"{member.name}: answers/{path.name}" for path in member.folders.answers()]
         shown += [
-            f"job {row['id']}: {row['state']} of {row['holder'] or 'nobody'}"
+            f"job {row['id']}: {row['state']} of {row['holder'] or 'no daemon'}"
             for row in self.rows("SELECT id, state, holder FROM jobs WHERE state <> 'done'")
         ]
         return shown
