@@ -212,11 +212,7 @@ class Notes:
         # Other users note their names there, too. With the sticky bit of the inbox they remove only their own notes:
         # without its note, a name would be used again.
         mode = stat.S_IMODE(tops.folder(self._target).status().st_mode)
-        try:
-            self._disk.make_with_mode(self._top, mode)
-        except SpoolError:
-            if not tops.is_folder(self._top):  # another process was not faster
-                raise
+        self._disk.make_with_mode(self._top, mode)
         self._disk.sync_folder(self._target)
 
     def _path(self, name: str) -> str:

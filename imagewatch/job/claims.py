@@ -177,10 +177,16 @@ class Claims:
         """Mark a folder as the daemon's, and keep its inode and mark in the state folder."""
         inode, mark = folder.status().st_ino, mark_in(folder)
         if not mark:
-            mark = secrets.token_hex(16)
-            self._disk.write(os.path.join(self.path, MARK), mark.encode())
+            mark = self._new_mark(folder)
         if self._remembered() != (inode, mark):
             self._disk.write(self._memory, json.dumps({"inode": inode, "mark": mark}).encode())
+
+    def _new_mark(self, folder: Descriptor) -> str:
+        """Mark a folder; return its mark, which another daemon of a common inbox may have set just before."""
+        mark, path = secrets.token_hex(16), os.path.join(self.path, MARK)
+        with contextlib.suppress(FileExistsError):
+            self._disk.publish(path, f"{path}.{mark}", mark.encode(), lambda _: None)
+        return mark_in(folder) or mark
 
     def _remembered(self) -> tuple[int, str]:
         """Return the inode and the mark that are kept in the state folder; 0 and an empty string without."""

@@ -6,6 +6,7 @@ never replaces a file, and a daemon whose claim folder was renamed can put nothi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -209,6 +210,9 @@ def claim_inbox(path: str, disk: Disk, whose: Whose, *, is_common: bool, is_alon
 
 def _introduce(path: str, disk: Disk, whose: Whose) -> None:
     """Write down whose it is, if it has no owner yet: only possible while no daemon uses it."""
+    with contextlib.suppress(SpoolError, OSError), open(disk.tops.open_file(path, os.O_RDONLY), "rb") as known:
+        if _whose(known):
+            return
     try:
         file = lock(path, disk.tops)
     except AlreadyRunning:

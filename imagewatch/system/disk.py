@@ -47,7 +47,8 @@ class Disk(Moves):
     def make_with_mode(self, path: str, mode: int) -> None:
         """Make a folder under a name that cannot be guessed, and give it its own name when it has its mode.
 
-        Else the mode might be set on another folder that was put in its place.
+        Else the mode might be set on another folder that was put in its place. A folder that another process has made
+        meanwhile stays as it is.
         """
         hidden = os.path.join(os.path.dirname(path), f".iw-new.{secrets.token_hex(8)}")
         self.make_folder(hidden)
@@ -55,6 +56,9 @@ class Disk(Moves):
             self.set_mode(hidden, mode)
             with disk_errors(path, "rename"):
                 self.rename(hidden, path)
+        except SpoolError:
+            if not self.tops.is_folder(path):
+                raise
         finally:
             self.remove_folder(hidden)
 

@@ -15,22 +15,35 @@ from imagewatch.job.claims import Claims, NotOursError
 from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 MODE = 0o700
 
 
+class Slow(Disk):
+    """The disk of a daemon at whose first name of a file another daemon is faster."""
+
+    faster: Callable[[], None] | None = None
+
+    def rename(self, source: str, target: str) -> None:
+        faster, self.faster = self.faster, None
+        if faster:
+            faster()
+        super().rename(source, target)
+
+
 class Place:
     """An inbox and a state folder, and starts that use them."""
 
-    def __init__(self, root: Path) -> None:
-        self.inbox, self.state = root / "inbox", root / "state"
-        self.inbox.mkdir()
+    def __init__(self, root: Path, state: str = "state") -> None:
+        self.inbox, self.state = root / "inbox", root / state
+        self.inbox.mkdir(exist_ok=True)
         self.state.mkdir(mode=0o700)
         self.folder = self.inbox / ".imagewatch"
 
-    def start(self) -> Claims:
-        disk = Disk()
+    def start(self, disk: Disk | None = None) -> Claims:
+        disk = disk or Disk()
         disk.tops.open(str(self.inbox))
         disk.tops.open(str(self.state), is_private=True)
         self.disk = disk
@@ -58,6 +71,16 @@ def test_the_folder_is_created_for_the_daemon_alone_and_its_identity_is_saved(pl
     status = place.folder.stat()
     assert (stat.S_IMODE(status.st_mode), status.st_uid) == (MODE, os.geteuid())
     assert json.loads((place.state / "claims.json").read_bytes())["inode"] == status.st_ino
+
+
+def test_two_daemons_that_start_at_the_same_time_agree_on_its_identity(place: Place) -> None:
+    disk, other = Slow(), Place(place.inbox.parent, "other")
+    disk.faster = lambda: other.start().require()
+    place.start(disk).require()
+    known = [json.loads((state / "claims.json").read_bytes()) for state in (place.state, other.state)]
+    assert known[0] == known[1]
+    assert known[0]["mark"] == (place.folder / MARK).read_text()
+    assert place.names() == []
 
 
 def test_a_check_creates_nothing(place: Place) -> None:

@@ -756,3 +756,26 @@ def test_an_image_whose_sync_failed_is_saved_in_the_response_and_never_synced_ag
     assert image != response
     assert b"".join(answer.chunks()) == ITS_RESPONSE
     assert names(tmp_path) == ["answer.1"]
+
+
+class Overtaken(Disk):
+    """A disk on which another process makes a folder at the last moment, or a file."""
+
+    def __init__(self, make: Callable[[str], object]) -> None:
+        super().__init__()
+        self._make = make
+
+    def rename(self, source: str, target: str) -> None:
+        self._make(target)
+        super().rename(source, target)
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_used(tmp_path: Path) -> None:
+    Overtaken(os.mkdir).make_inner(str(tmp_path), "inner", mode=0o750)
+    assert names(tmp_path) == ["inner"]
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="inner"):
+        Overtaken(lambda _: in_a(tmp_path, "inner")).make_inner(str(tmp_path), "inner", mode=0o750)
+    assert names(tmp_path) == ["inner"]
