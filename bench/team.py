@@ -42,7 +42,8 @@ def team(bench: Bench) -> list[Row]:
         return []
     labels = {count: f"{count} daemon{'s' * (count > 1)}" for count in COUNTS}
     rate, cpu, waits = ({count: Figure(label, unit) for count, label in labels.items()} for unit in ("/s", "ms", "ms"))
-    use, peak = Figure("use", ""), Figure("most in flight", "")
+    use, peak = Figure("PostgreSQL, one inbox", ""), Figure("most in flight", "")
+    apart = Figure("SQLite, an inbox each", "")
     with Stamping() as endpoint, Server(in_memory=False) as server:
         for run in range(bench.amount.runs):
             for count in COUNTS:
@@ -57,9 +58,11 @@ def team(bench: Bench) -> list[Row]:
         for run in range(max(1, bench.amount.runs // 2)):
             say(f"team, run {run + 1}: {MANY} daemons, {MANY_SLOTS} slots each")
             with _daemons(bench.root / "work", endpoint, server, MANY, MANY_SLOTS) as (daemons, _):
-                used, most = busy_slots(daemons, bench.amount.rounds, SECONDS)
+                used, most = busy_slots([daemons], bench.amount.rounds, SECONDS)
             use.values.append(used)
             peak.values.append(most)
+            with _apart(bench.root / "work", endpoint) as alone:
+                apart.values.append(busy_slots(alone, bench.amount.rounds, SECONDS)[0])
     work = f"{bench.amount.jobs} prompts at the same time, images of {SMALL // 1000} kB, latency 0"
     several = Figure("2 daemons / 1", "", ratio(rate[2], rate[1]).values)
     return [
@@ -73,9 +76,10 @@ def team(bench: Bench) -> list[Row]:
         Row("CPU per job, daemons, same work as the first row", list(cpu.values())),
         Row(
             f"use of {MANY * MANY_SLOTS} slots of {MANY} daemons, the endpoint takes {SECONDS:g} s",
-            [use],
+            [use, apart],
             [
                 Check("use", use, 0.9, at_most=False),
+                Check("/ SQLite", ratio(use, apart), 0.9, at_most=False),
                 Check("in flight", peak, MANY * MANY_SLOTS, always=True),
             ],
         ),
@@ -103,6 +107,14 @@ def _daemons(root: Path, endpoint: Stamping, server: Server, count: int, slots: 
             yield daemons, name
     finally:
         server.drop(name)
+
+
+@contextlib.contextmanager
+def _apart(root: Path, endpoint: Stamping) -> Iterator[list[Contender]]:
+    """Start daemons that share nothing but the endpoint and the machine."""
+    with contextlib.ExitStack() as stack:
+        ones = (Contender(DAEMON, root / f"alone{number}", endpoint, MANY_SLOTS) for number in range(MANY))
+        yield [stack.enter_context(one) for one in ones]
 
 
 def _until_all_run(server: Server, name: str, count: int) -> None:

@@ -111,7 +111,7 @@ def slots(bench: Bench) -> list[Row]:
                     Stamping() as endpoint,
                     Contender(name, bench.root / "work", endpoint, slots=count) as contender,
                 ):
-                    used, peak = busy_slots(contender, bench.amount.rounds, seconds)
+                    used, peak = busy_slots([contender], bench.amount.rounds, seconds)
                 figure.values.append(used)
                 if name == DAEMON:
                     most.values.append(peak)
@@ -120,16 +120,19 @@ def slots(bench: Bench) -> list[Row]:
     return rows
 
 
-def busy_slots(contender: Contender, rounds: int, seconds: float) -> tuple[float, float]:
+def busy_slots(contenders: list[Contender], rounds: int, seconds: float) -> tuple[float, float]:
     """Return the part of all slots' time in which the endpoint was busy, and the most requests at the same time.
 
-    It counts while prompts wait: from the start of the first request to the start of the last one.
+    It counts while prompts wait: from the start of the first request to the start of the last one. All contenders use
+    one endpoint.
     """
-    count = contender.slots
-    contender.endpoint.take(seconds, SIZE)
-    jobs = count * rounds * (1 if seconds > 1 else 4)
-    contender.finish([contender.drop()[0] for _ in range(jobs)])
-    found = contender.endpoint.take(0, SIZE)
+    endpoint, count = contenders[0].endpoint, sum(one.slots for one in contenders)
+    endpoint.take(seconds, SIZE)
+    turns = rounds * (1 if seconds > 1 else 4)
+    dropped = [[one.drop()[0] for _ in range(one.slots * turns)] for one in contenders]
+    for one, names in zip(contenders, dropped, strict=True):
+        one.finish(names)
+    found = endpoint.take(0, SIZE)
     stamps = found["stamps"]
     begin, end = min(began for _, began, _ in stamps), max(began for _, began, _ in stamps)
     return sum(min(over, end) - began for _, began, over in stamps) / count / (end - begin), found["most"]
