@@ -26,9 +26,9 @@ def shared_lines(config: Config) -> Iterator[Line]:
     claims = os.path.join(inbox, CLAIMS)
     kinds = Kinds()
     kinds.refresh()
-    kind = kinds.of(inbox)
     try:
         disk.make_folder(inbox, mode=0o777)
+        kind = kinds.of(inbox)
         require_tried(inbox, kind)
         disk.tops.open(inbox)
         disk.make_folder(claims)

@@ -1,7 +1,7 @@
 """What a common inbox needs of its file system, tried out at the start.
 
 Several daemons, on several hosts, rely on the same calls there: a witness is created by one of them only, a rename
-never replaces a file, and a daemon whose claim folder was renamed can put nothing into it any more.
+never replaces a file, and a daemon whose claim folder was removed can put nothing into it any more.
 """
 
 from __future__ import annotations
@@ -71,6 +71,34 @@ def require_tried(folder: str, kind: str) -> None:
         raise ConfigError([Problem("shared.inbox", why, NEXT_STEP)])
 
 
+class LateFolder:
+    """A folder as a daemon has it that lost a job: open, also after another daemon has removed it.
+
+    Args:
+        disk: The disk.
+        path: The folder, which is there.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, disk: Disk, path: str) -> None:
+        self._disk = disk
+        self._path = path
+        self._folder = disk.tops.folder(path)
+
+    def takes(self, file: str) -> bool:
+        """Return whether a file can be put into the folder, under its name or as it was opened."""
+        with contextlib.suppress(SpoolError, OSError):
+            self._disk.rename(file, os.path.join(self._path, PROBE_INNER))
+            return True
+        with contextlib.suppress(OSError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            os.close(os.open(PROBE_INNER, flags, 0o600, dir_fd=self._folder.fileno()))
+            return True
+        return False
+
+
 class FolderProbes:
     """Tries out what a common inbox needs in a folder.
 
@@ -98,10 +126,9 @@ class FolderProbes:
             self._try_locks(other)
             self._disk.sync_folder(self._folder)
         finally:
-            for path in (os.path.join(f"{inner}.2", PROBE_INNER), one, other):
+            for path in (os.path.join(inner, PROBE_INNER), one, other):
                 self._disk.unlink(path)
-            for path in (inner, f"{inner}.2"):
-                self._disk.remove_folder(path)
+            self._disk.remove_folder(inner)
 
     def _fail(self, what: str) -> NoReturn:
         message = f"the file system of a common inbox must {what}, and does not: {printable(self._folder)}"
@@ -137,21 +164,13 @@ class FolderProbes:
         self._disk.create(one).close()
 
     def _try_fence(self, one: str, inner: str) -> None:
-        """Rename a folder, and then a file into its earlier name, as a daemon does that lost a job."""
+        """Remove a folder that is open, and put a file into it, as a daemon does that lost a job."""
         self._disk.make_folder(inner)
-        with disk_errors(inner, "rename the folder"):
-            self._disk.rename(inner, f"{inner}.2")
-        try:
-            self._disk.rename(one, os.path.join(inner, PROBE_INNER))
-        except FileNotFoundError:
-            pass
-        except SpoolError as error:
-            if error.code != errno.ENOENT:
-                raise
-        else:
-            self._fail("refuse to put a file into a folder that was renamed")
-        with disk_errors(inner, "rename"):
-            self._disk.rename(one, os.path.join(f"{inner}.2", PROBE_INNER))
+        with disk_errors(inner, "open the folder"):
+            late = LateFolder(self._disk, inner)
+        self._disk.remove_folder(inner)
+        if late.takes(one):
+            self._fail("refuse to put a file into a folder that was removed")
 
     def _try_locks(self, path: str) -> None:
         """Lock a file, and try it in another process: on a network file system one process may not notice."""

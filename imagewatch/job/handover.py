@@ -7,8 +7,8 @@
                            answer.N       its response, copied from the state folder of the daemon that sent it
                            answer.image.K its images; also image.K, fetched.K and raw, as in the state folder
 
-The name of the folder has the epoch. A daemon that takes a job over renames the folder, so whatever an earlier one
-still does with it fails.
+The name of the folder has the epoch. A daemon that takes a job over empties the folder of an earlier one and
+removes it, so whatever that one still does with it fails.
 
 The witness is there before the first byte leaves. It protects against a database that has lost its last commits: a
 daemon that can send has the originals, and the witness is beside them.
@@ -17,6 +17,7 @@ daemon that can send has the originals, and the witness is beside them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from typing import TYPE_CHECKING
@@ -38,6 +39,9 @@ _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.
 _RESPONSE = re.compile(r"answer\.[1-9][0-9]{0,8}")
 _OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
 _FOLDER = re.compile(r"[0-9a-f]{16}(?:\.[1-9][0-9]{0,17})?")
+_REMOVED = re.compile(r"\.nfs[0-9a-f]{16,}")
+"""A file that was removed while a client of NFS had it open."""
+_MOST_TRIES = 20
 _PIECE = 1024 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
 
@@ -77,9 +81,10 @@ class Handover:
     # The folder
 
     def fence(self, job: str) -> None:
-        """Give the claim folder of a job that was taken over the name of its epoch, and empty older ones into it.
+        """Empty the claim folders of earlier epochs of a job that was taken over into that of its own, and remove them.
 
-        Once for each epoch: after that no older folder has anything that counts.
+        Once for each epoch: after that no older folder has anything that counts. They are removed and not renamed: a
+        daemon on another host that has one open, or whose kernel remembers its name (NFS), would still use it.
 
         Raises:
             SpoolError: The disk failed.
@@ -89,16 +94,42 @@ class Handover:
             return
         self._folders.ensure_claims()
         for name in sorted(self._older(job), key=_epoch, reverse=True):
-            path = os.path.join(self._folders.claims, name)
-            if not self._folders.tops.exists(target):
-                self._rename(path, target)
-                continue
-            self._drop_notes(path)
-            for inner in self._folders.tops.names(path):
-                self._rename(os.path.join(path, inner), os.path.join(target, inner))
-            self._disk.remove_folder(path)
+            self._disk.make_folder(target)
+            self._empty(os.path.join(self._folders.claims, name), target)
         self._disk.sync_folder(self._folders.claims)
         self._fenced[job] = epoch
+
+    def _empty(self, path: str, target: str) -> None:
+        """Move all that is in an older claim folder, also what its daemon puts there meanwhile, and remove it."""
+        for _ in range(_MOST_TRIES):
+            names = self._all_in(path)
+            # The witnesses first: what may have been sent is known as such wherever this ends.
+            for name in sorted(names, key=lambda name: not _SENT.fullmatch(name)):
+                self._move(name, path, target)
+            if names:
+                self._disk.sync_folder(target)
+            if self._disk.remove_folder(path):
+                return
+        with disk_errors(path, "remove the folder"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    def _all_in(self, path: str) -> list[str]:
+        with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+            return self._folders.tops.names(path)
+        return []
+
+    def _move(self, name: str, path: str, target: str) -> None:
+        source, there = os.path.join(path, name), os.path.join(target, name)
+        is_ours = name.removesuffix(".tmp") == CLAIM_NOTE and self._folders.tops.exists(there)
+        if is_ours or _REMOVED.fullmatch(name):
+            self._disk.unlink(source)
+            return
+        try:
+            self._rename(source, there)
+        except SpoolError as error:
+            # An earlier daemon, or one with a later epoch, has moved it in this moment.
+            if not isinstance(error.__cause__, FileNotFoundError) or not self._folders.tops.is_folder(target):
+                raise
 
     def _older(self, job: str) -> list[str]:
         """Return the claim folders of a job with earlier epochs. A later one is not touched: another daemon has it."""

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from imagewatch.job.common_folder import NEXT_STEP
+from imagewatch.job.common_folder import NEXT_STEP, PROBE_INNER, LateFolder
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.locks import lock
@@ -128,7 +128,7 @@ class TwoHosts:
             self._made.clear()
             return
         with contextlib.suppress(_NoAnswerError):
-            self._until("bye", lambda: self._disk.tops.exists(self._path(f"bye.{self._other}")))
+            self._until("bye", lambda: self._is_there(f"bye.{self._other}"))
         with disk_errors(self._folder, "list the folder"):
             self._made += [self._path(name) for name in self._disk.tops.names(self._folder)]
 
@@ -151,6 +151,11 @@ class TwoHosts:
             return msgspec.json.decode(file.read(_MOST_BYTES), type=_Message)
         return _Message()
 
+    def _is_there(self, name: str) -> bool:
+        """Return whether a name is in the folder, by listing it: a client of NFS remembers missing names."""
+        with disk_errors(self._folder, "list the folder"):
+            return name in self._disk.tops.names(self._folder)
+
     def _until(self, what: str, condition: Callable[[], object]) -> None:
         end = time.monotonic() + self._step_seconds
         while not condition():
@@ -161,7 +166,7 @@ class TwoHosts:
     def _sync(self, step: str, message: _Message | None = None) -> _Message:
         """Begin a step when the other one does; return its message of this step."""
         self._write(step, message)
-        self._until(step, lambda: self._disk.tops.exists(self._path(f"{step}.{self._other}")))
+        self._until(step, lambda: self._is_there(f"{step}.{self._other}"))
         return self._read(step)
 
     def _meet(self) -> bool:
@@ -220,8 +225,8 @@ class TwoHosts:
 
     def _renames(self) -> Iterator[Result]:
         """Rename a file in turns; what one waits for the other's rename is at most twice the delay of one."""
-        turn = self._path("turn")
-        names = [f"{turn}.{number}" for number in range(2 * _TURNS + 1)]
+        turns = [f"turn.{number}" for number in range(2 * _TURNS + 1)]
+        names = [self._path(turn) for turn in turns]
         self._made += names
         if self._leads:
             self._disk.create(names[0]).close()
@@ -229,7 +234,7 @@ class TwoHosts:
         slowest = 0.0
         for number in range(0 if self._leads else 1, 2 * _TURNS, 2):
             began = time.monotonic()
-            self._until("turns", lambda name=names[number]: self._disk.tops.exists(name))  # type: ignore[misc]
+            self._until("turns", lambda turn=turns[number]: self._is_there(turn))  # type: ignore[misc]
             if number > 1 or not self._leads:
                 slowest = max(slowest, (time.monotonic() - began) / 2)
             with disk_errors(names[number], "rename"):
@@ -253,37 +258,34 @@ class TwoHosts:
         return Result("ok" if is_good else "warn", "clocks", why if is_good else f"{why}; set up time synchronization")
 
     def _fence(self, leader: str, *, acts: bool) -> Iterator[Result]:
-        """Rename a folder on one host, and then a file into its earlier name on the other one."""
+        """Empty and remove a folder on one host that the other one has open, which then puts a file into it."""
         inner, moved, late = (self._path(f"{name}.{leader}") for name in ("fence", "moved", "late"))
         if acts:
-            self._disk.make_folder(inner)
+            for path in (inner, moved):
+                self._disk.make_folder(path)
+            self._disk.create(os.path.join(inner, "held")).close()
         else:
             self._disk.create(late).close()
         self._sync(f"fence-{leader}")
-        self._until("fence", lambda: self._disk.tops.exists(inner))
+        self._until("fence", lambda: self._is_there(f"fence.{leader}"))
+        with disk_errors(inner, "open the folder"):
+            folder = LateFolder(self._disk, inner)
         self._sync(f"fenced-{leader}")
         if acts:
-            with disk_errors(inner, "rename the folder"):
-                self._disk.rename(inner, moved)
+            with disk_errors(inner, "empty the folder"):
+                self._disk.rename(os.path.join(inner, "held"), os.path.join(moved, "held"))
+            self._disk.remove_folder(inner)
         self._sync(f"renamed-{leader}")
-        is_refused = acts or not self._arrives(late, os.path.join(inner, "late"))
+        is_refused = acts or not folder.takes(late)
         self._sync(f"tried-{leader}")
-        for path in (late, os.path.join(moved, "late"), os.path.join(inner, "late")):
+        for path in (os.path.join(moved, "held"), os.path.join(inner, PROBE_INNER)) if acts else (late,):
             self._disk.unlink(path)
-        for path in (inner, moved):
+        for path in (inner, moved) if acts else ():
             self._disk.remove_folder(path)
         if not is_refused:
-            yield _unusable("late rename", "a file could be put into a folder that the other host had renamed")
+            yield _unusable("late rename", "a file could be put into a folder that the other host had removed")
         elif not acts:
-            yield Result("ok", "late rename", "it is refused after the other host has renamed the folder")
-
-    def _arrives(self, source: str, target: str) -> bool:
-        try:
-            with disk_errors(target, "rename"):
-                self._disk.rename(source, target)
-        except SpoolError as error:
-            return not isinstance(error.__cause__, FileNotFoundError)
-        return True
+            yield Result("ok", "late rename", "it is refused after the other host has emptied and removed the folder")
 
     def _locks(self, leader: str, *, acts: bool) -> Iterator[Result]:
         path = self._path(f"lock.{leader}")

@@ -12,12 +12,17 @@ import functools
 import io
 import os
 import stat
-from typing import IO
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.folders import Descriptor, Place, Tops
 from imagewatch.system.kernel import rename_new, reserve
 from imagewatch.system.shared import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 
 class _Whole(io.FileIO):
@@ -65,7 +70,7 @@ class DiskCalls:
         """Create a file that must not exist, for writing and reading back; links are not followed."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         with disk_errors(path, "create the file"):
-            return _Whole(self.tops.open_file(path, flags, mode), "r+")
+            return _Whole(self._again_if_stale(lambda name: self.tops.open_file(name, flags, mode), path), "r+")
 
     def append(self, path: str) -> IO[bytes]:
         """Open an existing file to write on at its end; links are not followed."""
@@ -147,6 +152,16 @@ class DiskCalls:
             FileExistsError: The name exists.
             OSError: ``EXDEV`` or ``ENOENT``, which are answers to the caller's question.
         """
+        try:
+            self._rename(source, target)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            self.tops.look_again(source)
+            self.tops.look_again(target)
+            self._rename(source, target, is_stale=False)
+
+    def _rename(self, source: str, target: str, *, is_stale: bool = True) -> None:
         here, there = self.tops.at(source), self.tops.at(target)
         file = _status(here)
         try:
@@ -155,7 +170,7 @@ class DiskCalls:
             # On NFS a repeated request finds its own result and reports an error; the rename is done.
             if error.errno in {errno.EEXIST, errno.ENOENT} and _has_arrived(file, here, there):
                 return
-            if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT}:
+            if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT} or (is_stale and error.errno == errno.ESTALE):
                 raise
             with disk_errors(target, "rename"):
                 raise
@@ -163,15 +178,27 @@ class DiskCalls:
     def unlink(self, path: str) -> None:
         """Remove a file; a missing one is fine."""
         with disk_errors(path, "remove"), contextlib.suppress(FileNotFoundError):
-            place = self.tops.at(path)
-            os.unlink(place.name, dir_fd=place.dir_fd)
+            self._again_if_stale(self._unlink, path)
+
+    def _unlink(self, path: str) -> None:
+        place = self.tops.at(path)
+        os.unlink(place.name, dir_fd=place.dir_fd)
+
+    def _again_if_stale(self, act: Callable[[str], T], path: str) -> T:
+        """Do it once more if a folder above was removed on another host: a client of NFS remembers its name."""
+        try:
+            return act(path)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        self.tops.look_again(path)
+        return act(path)
 
     def remove_folder(self, path: str) -> bool:
         """Remove an empty folder; return whether it was removed. One with other users' files in it stays."""
         with disk_errors(path, "remove the folder"):
             try:
-                place = self.tops.at(path)
-                os.rmdir(place.name, dir_fd=place.dir_fd)
+                self._again_if_stale(self._remove_folder, path)
             except FileNotFoundError:
                 return True
             except OSError as error:
@@ -179,6 +206,10 @@ class DiskCalls:
                     return False
                 raise
         return True
+
+    def _remove_folder(self, path: str) -> None:
+        place = self.tops.at(path)
+        os.rmdir(place.name, dir_fd=place.dir_fd)
 
     def set_mode(self, path: str, mode: int) -> None:
         """Set the mode of a folder; never that of the target of a link."""

@@ -306,6 +306,18 @@ class Tops:
         """
         return _entered(self.at(path), _READ, path)
 
+    def look_again(self, path: str) -> None:
+        """Let the kernel ask the server which folders are above a path, after one of them was ``ESTALE``.
+
+        A client of NFS remembers names for a minute, also that of a folder that was removed on another host. To open a
+        folder for listing makes it ask.
+        """
+        top = self._covering(path)
+        parts = path[len(top.prefix) :].split("/") if top else []
+        with contextlib.suppress(OSError):
+            for count in range(len(parts)):
+                self.listable("/".join([top.path.rstrip("/"), *parts[:count]]))  # type: ignore[union-attr]
+
     def lstat(self, path: str) -> os.stat_result:
         """Return what has a path; a link is not followed.
 
