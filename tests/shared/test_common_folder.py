@@ -32,7 +32,7 @@ class Overwriting(Disk):
 
 
 class Lenient(Disk):
-    """One on which a folder still has its earlier name for a time: an attribute cache."""
+    """One on which files can be put into a folder that was removed."""
 
     def rename(self, source: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -79,7 +79,7 @@ def test_a_local_disk_has_what_a_common_inbox_needs_and_nothing_is_left(tmp_path
     [
         (WithoutExclusive(), "O_EXCL"),
         (Overwriting(), "rename a file over another one"),
-        (Lenient(), "a folder that was renamed"),
+        (Lenient(), "a folder that was removed"),
         (Copying(), "keep the inode"),
     ],
 )
