@@ -120,16 +120,20 @@ class Handover:
 
     def _move(self, name: str, path: str, target: str) -> None:
         source, there = os.path.join(path, name), os.path.join(target, name)
-        is_ours = name.removesuffix(".tmp") == CLAIM_NOTE and self._folders.tops.exists(there)
-        if is_ours or _REMOVED.fullmatch(name):
+        is_partial = name.endswith(".tmp") and (_OURS.fullmatch(name) or name == f"{CLAIM_NOTE}.tmp")
+        if is_partial or _REMOVED.fullmatch(name):
             self._disk.unlink(source)
             return
         try:
             self._rename(source, there)
         except SpoolError as error:
-            # An earlier daemon, or one with a later epoch, has moved it in this moment.
-            if not isinstance(error.__cause__, FileNotFoundError) or not self._folders.tops.is_folder(target):
+            if isinstance(error.__cause__, FileNotFoundError) and self._folders.tops.is_folder(target):
+                return  # an earlier daemon, or one with a later epoch, has moved it in this moment
+            # An earlier daemon may have handed its response over to this epoch in this moment.
+            is_there = isinstance(error.__cause__, FileExistsError)
+            if not (is_there and (name == CLAIM_NOTE or _ANSWER.fullmatch(name) or self._disk.same(source, there))):
                 raise
+            self._disk.unlink(source)
 
     def _older(self, job: str) -> list[str]:
         """Return the claim folders of a job with earlier epochs. A later one is not touched: another daemon has it."""

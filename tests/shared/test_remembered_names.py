@@ -111,6 +111,29 @@ def test_a_file_that_a_client_of_nfs_had_open_when_it_was_removed_does_not_keep_
     assert sorted(os.listdir(claims / f"{JOB}.2")) == ["cat.prompt.txt", "claim.json", "sent.1"]
 
 
+def test_a_response_that_its_daemon_hands_over_while_its_folder_is_emptied_does_not_keep_the_folder(
+    claims: Path,
+) -> None:
+    for epoch in (1, 2):
+        (claims / f"{JOB}.{epoch}").mkdir(exist_ok=True)
+        for name in ("claim.json", "answer.1", "answer.image.0"):
+            (claims / f"{JOB}.{epoch}" / name).write_text("the same")
+    (claims / f"{JOB}.1" / "answer.2.tmp").write_text("a part")
+    OneFolder(claims, 2).handover.fence(JOB)
+    assert os.listdir(claims) == [f"{JOB}.2"]
+    wanted = ["answer.1", "answer.image.0", "cat.prompt.txt", "claim.json", "sent.1"]
+    assert sorted(os.listdir(claims / f"{JOB}.2")) == wanted
+
+
+def test_no_witness_and_no_original_is_given_up_for_another_one_of_its_name(claims: Path) -> None:
+    (claims / f"{JOB}.2").mkdir()
+    for name in ("cat.prompt.txt", "sent.1"):
+        (claims / f"{JOB}.2" / name).write_text("another one")
+    with pytest.raises(SpoolError, match="File exists"):
+        OneFolder(claims, 2).handover.fence(JOB)
+    assert {"cat.prompt.txt", "sent.1"} <= set(os.listdir(claims / f"{JOB}.1"))
+
+
 class Remembering(Tops):
     """Names that were missing once stay missing until their folder is listed."""
 
