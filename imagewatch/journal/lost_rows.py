@@ -22,7 +22,7 @@ from imagewatch.protocol.values import dump
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from imagewatch.journal.database import Connection, Database
     from imagewatch.journal.row import JobState, Row
@@ -86,6 +86,15 @@ class Known:
     def open_attempt(self) -> int:
         """Number of its attempt without a result; 0 without."""
         return max((number for number, outcome in self.outcomes.items() if outcome == "sent"), default=0)
+
+    def is_over(self, attempts: Iterable[int]) -> bool:
+        """Return whether each of some attempts has a known result, and the job was over for so long that it is deleted.
+
+        Args:
+            attempts: Those that the folders show.
+        """
+        ended = {number for number, outcome in self.outcomes.items() if outcome not in {"sent", "unknown"}}
+        return not self.state and bool(ended) and ended.issuperset([*self.outcomes, *attempts])
 
     @property
     def result(self) -> str:
