@@ -111,16 +111,34 @@ def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_im
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     assert sandbox.wait_for_requests(4, 20)
     assert not sandbox.wait_for_requests(5, 1), "no daemon sends more than limits.concurrency at the same time"
+    assert one.log is not None
+    assert two.log is not None
+    assert (len(one.events("leader_started")), two.events("leader_started")) == (1, [])
     one.signal(signal.SIGTERM)
     until(lambda: team.leader() == "two", LEASE / 2)
+    two.log.wait_for("leader_started")
     sandbox.release()
-    assert one.log is not None
     assert one.log.end() == 0
     completed(team, 12)
     assert len(one.events("completed")) == 2
-    assert two.log is not None
     two.log.wait_for("completed", 10)
     assert sandbox.report()["requests"] == 12
+
+
+def test_a_prompt_that_waits_for_its_next_attempt_is_sent_by_another_daemon_when_its_own_is_stopped(
+    make: Callable[..., Team], sandbox: Sandbox
+) -> None:
+    team = make("one", "two", retry__initial_seconds="30", retry__max_seconds="30")
+    one, two = team.members.values()
+    two.signal(signal.SIGSTOP)
+    team.folders.prompt("cat", "a cat [sandbox: once 429-plain]")
+    assert sandbox.wait_for_requests(1, 20)
+    until(lambda: not team.in_flight())
+    two.signal(signal.SIGCONT)
+    assert one.stop() == 0
+    until(lambda: two.events("taken_over"), LEASE / 2)
+    completed(team, 1, 60)
+    assert sandbox.report()["requests"] == 2
 
 
 def test_a_leader_without_the_shared_folder_lets_another_one_lead(
@@ -131,9 +149,11 @@ def test_a_leader_without_the_shared_folder_lets_another_one_lead(
     one = team.member("one", folders__root=str(tmp_path / "mount"), inbox__rescan_seconds="1")
     one.start().wait_for("started")
     until(lambda: team.leader() == "one")
-    team.member("two").start().wait_for("started")
+    two = team.member("two")
+    two.start().wait_for("started")
     (tmp_path / "mount").unlink()
     until(lambda: team.leader() == "two", LATE)
+    until(lambda: one.events("leader_ended") and two.events("leader_started"))
     team.folders.prompt("cat", "a cat")
     completed(team, 1)
     assert sandbox.report()["requests"] == 1
