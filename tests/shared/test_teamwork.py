@@ -137,7 +137,8 @@ def test_a_prompt_that_waits_for_its_next_attempt_is_sent_by_another_daemon_when
     two.signal(signal.SIGCONT)
     assert one.stop() == 0
     until(lambda: two.events("taken_over"), LEASE / 2)
-    completed(team, 1, 60)
+    one.start()  # its state folder still has the response that was free
+    completed(team, 1)
     assert sandbox.report()["requests"] == 2
 
 
