@@ -161,7 +161,7 @@ def test_a_changed_host_name_does_not_change_the_name_of_a_daemon(
 def test_a_prompt_is_sent_soon_when_the_reservation_of_another_daemon_ends(
     account: Account, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    """Each daemon hears only of the ends of its own requests."""
+    """A daemon is notified only of the ends of its own requests."""
     one, two, _ = started(account, sandbox, run, limits__credits_per_day="30", limits__assumed_credits="30")
     sandbox.hold()
     one.prompt("cat", "cat [sandbox: 400]")

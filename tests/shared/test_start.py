@@ -138,7 +138,7 @@ def test_a_name_that_a_running_daemon_has_is_refused(daemon: Callable[..., Folde
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Callable[[Folders], socket.socket]]:
-    """Return a function that lets a daemon believe that systemd has started it; what it reports can be received."""
+    """Return a function that makes a daemon report to systemd, as a service; what it reports can be received."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(30)

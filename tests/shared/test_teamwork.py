@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 LATE = LEASE + 10
-"""How long after a kill others may take to carry on, seconds."""
+"""How long after a kill others may take to continue, seconds."""
 PATIENT = {"endpoint__timeout_seconds": "60", "endpoint__deadline_seconds": "60"}
 """For daemons whose requests wait in the endpoint until the test lets it answer."""
 
