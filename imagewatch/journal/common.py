@@ -452,7 +452,7 @@ class Common:
             reopened: Row | None = one.execute(_REOPEN, (self.lease_seconds, job, [])).fetchone()
             return reopened
 
-        return self._reopened(job, self._file.change(act))
+        return self._taken_again(job, act)
 
     def reopen_kept(self, job: str) -> bool:
         """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
@@ -461,10 +461,7 @@ class Common:
             SpoolError: The database cannot be used.
         """
         values = self.lease_seconds, job
-        row = self._file.change(lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
-        if row is not None:
-            self.set_epoch(job, row["epoch"])
-        return row is not None
+        return self._taken_again(job, lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
 
     def member(self, instance: str) -> tuple[bool, bool]:
         """Return whether a daemon runs, and whether it was removed from the account.
@@ -487,11 +484,13 @@ class Common:
             SpoolError: The database cannot be used.
         """
         values = self.lease_seconds, job, attempts
-        return self._reopened(job, self._file.change(lambda one: one.execute(_REOPEN, values).fetchone()))
+        return self._taken_again(job, lambda one: one.execute(_REOPEN, values).fetchone())
 
-    def _reopened(self, job: str, row: Row | None) -> bool:
+    def _taken_again(self, job: str, act: Callable[[Connection], Row | None]) -> bool:
+        """Take a job; return whether that could be done. Its lease has begun before the commit."""
+        began, row = self._now(), self._file.change(act)
         if row is not None:
-            self.set_epoch(job, row["epoch"])
+            self._epochs[job], self._renewed[job] = row["epoch"], began
         return row is not None
 
 

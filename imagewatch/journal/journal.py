@@ -235,7 +235,8 @@ class Journal(JobRows):
 
     def adopt(self, claim: Claim, state: str, decision: Decision | None, sent: Mapping[int, Sent]) -> None:
         """Write the rows of a job of an earlier version; see ``earlier.adopt``."""
-        self._file.change(lambda connection: adopt(connection, self.budget(connection), claim, state, decision, sent))
+        jobs = self._file.inbox_jobs
+        self._file.change(lambda one: adopt(one, jobs, self.budget(one), claim, state, decision, sent))
 
     def close_lost(self, known: Collection[str]) -> int:
         """Close the attempts of jobs of an earlier version that left nothing else; see ``earlier.close_lost``."""
@@ -411,8 +412,6 @@ class Journal(JobRows):
         row = replace(row, **received, **asked, counted_at=row.sent_at)
         if not connection.execute(_UPSERT, storable(astuple(row))).rowcount:
             raise _spent(row, "another process has sent it")
-
-    # The end of a job
 
 
 _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"

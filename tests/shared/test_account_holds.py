@@ -22,11 +22,13 @@ from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
 from imagewatch.journal.holds import Holds
+from support import noon
 
 def configured():
     return load(os.environ.get("IMAGEWATCH_CONFIG"), os.environ)
 
 log.configure("info", "json")
+noon.apply()
 holds = Holds(first_seconds=float(sys.argv[1]), grace_seconds=float(sys.argv[2]))
 sys.exit(Daemon(configured(), os.environ, reload=configured, holds=holds).run())
 """

@@ -115,10 +115,10 @@ def test_what_was_claimed_when_its_job_was_over_goes_back_into_the_inbox(inbox: 
     folders = world.folders()
     late = folders.inbox / ".imagewatch" / f"{job}.1"
     late.mkdir()
-    (late / "dog.prompt.txt").write_text("a dog that a daemon claimed, and then died")
+    (late / "dog.prompt.txt").write_text("a dog that a daemon claimed before it was killed")
     world.settle()
     until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
-    assert world.calls("a dog that a daemon claimed, and then died") == 1
+    assert world.calls("a dog that a daemon claimed before it was killed") == 1
 
 
 def count_steps(world: Inbox) -> list[str]:

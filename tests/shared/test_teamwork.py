@@ -8,11 +8,12 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from support import noon
 from support.daemon import command, until
 from support.team import LEASE, Member, Team
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from support.postgres import Server
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 LATE = LEASE + 10
-"""How long after a kill others may take to carry on, seconds."""
+"""How long after a kill others may take to continue, seconds."""
 PATIENT = {"endpoint__timeout_seconds": "60", "endpoint__deadline_seconds": "60"}
 """For daemons whose requests wait in the endpoint until the test lets it answer."""
 
@@ -30,8 +31,9 @@ def make(tmp_path: Path, postgres: Server, sandbox: Sandbox) -> Iterator[Callabl
     """Start daemons of one inbox; the first one leads."""
     made: list[Team] = []
 
-    def start(*names: str, **settings: str) -> Team:
+    def start(*names: str, environ: Mapping[str, str] = {}, **settings: str) -> Team:
         made.append(Team(tmp_path, postgres, sandbox, **settings))
+        made[0].folders.environ |= environ
         for name in names:
             member = made[0].member(name)
             member.start().wait_for("started")
@@ -164,7 +166,8 @@ def test_a_leader_without_the_shared_folder_lets_another_one_lead(
 
 
 def test_a_cap_is_not_exceeded_by_three_daemons(make: Callable[..., Team], sandbox: Sandbox) -> None:
-    team = make("one", "two", "three", limits__credits_per_day="300", limits__assumed_credits="30")
+    limits = {"limits__credits_per_day": "300", "limits__assumed_credits": "30"}
+    team = make("one", "two", "three", environ=noon.environ(), **limits)
     for number in range(20):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     until(lambda: len(team.folders.finished()) == 10)
@@ -186,7 +189,8 @@ def test_requests_in_a_minute_are_counted_over_all_daemons(make: Callable[..., T
 
 
 def test_a_budget_of_a_folder_concerns_only_its_prompts(make: Callable[..., Team], sandbox: Sandbox) -> None:
-    team = make("one", "two", "three", budgets__ann__credits_per_day="60", limits__assumed_credits="30")
+    limits = {"budgets__ann__credits_per_day": "60", "limits__assumed_credits": "30"}
+    team = make("one", "two", "three", environ=noon.environ(), **limits)
     for number in range(6):
         team.folders.prompt(f"ann/cat{number}", f"a cat {number}")
         team.folders.prompt(f"bob/dog{number}", f"a dog {number}")
