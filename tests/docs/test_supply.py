@@ -12,10 +12,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support.pages import page
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
 GROUPS = PYPROJECT["dependency-groups"]
 DEPENDENCIES = PYPROJECT["project"]["dependencies"]
 TESTING = PYPROJECT["project"]["optional-dependencies"]["test"]
@@ -91,7 +91,8 @@ def test_the_installation_for_a_shared_database_has_the_same_versions_as_the_oth
 
 
 def test_the_documented_installation_checks_the_hash_of_all_that_it_fetches():
-    (block,) = re.findall(r"^```sh\n# in CI: install\n(.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    text = page("howto/install-source")
+    (block,) = re.findall(r"^<!-- in CI: install -->\n```sh\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
     files = set()
     for line in re.findall("^python3 -m pip .+$", block, re.MULTILINE):
         if " -r " in line:

@@ -1,6 +1,6 @@
 """The units under a real systemd, in a container that is booted once; nothing is simulated but the endpoint.
 
-It is installed by the commands of ``docs/operations.md``, as they stand there.
+It is installed by the commands of the documentation, as they stand there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gallery.test_gallery_hostile import scans
 from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
 from support.daemon import KEY, STARTED, until
+from support.pages import marked, page, pages, table
 
 from imagewatch.protocol.reasons import HOLDS
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 UNITS = ROOT / "systemd"
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
-NOTIFICATIONS = (ROOT / "docs/notifications.md").read_text()
+ALL = "".join(path.read_text() for path in pages())
+BLOCKS = marked("sh")
+"""Of all pages; another test runs those of other kinds."""
 EXPOSURE = {"imagewatch": 11, "imagewatch-gallery": 2}  # tenths
 WATCHDOG_SECONDS = 4
 """For a daemon that must not be killed: half of it is left to a busy machine."""
@@ -60,11 +62,9 @@ Sandbox(port=8283, key=sys.argv[1], on_request=hold).serve_forever()
 REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
 
 
-def follow(container: Container, name: str, text: str = "", page: str = OPERATIONS, **settings: Any) -> str:
-    """Run the commands of one block of a page, as they stand there; return what they print."""
-    found = re.findall(rf"^```sh\n# tested: {name}\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(found) == 1, name
-    done = container.run("bash", "-euc", found[0], text=text, **{"cwd": "/root/imagewatch", **settings})
+def follow(container: Container, name: str, text: str = "", **settings: Any) -> str:
+    """Run the commands of one block of the documentation, as they stand there; return what they print."""
+    done = container.run("bash", "-euc", BLOCKS[name], text=text, **{"cwd": "/root/imagewatch", **settings})
     return done.stdout
 
 
@@ -949,16 +949,14 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
 # The rest of the page
 
 
-def test_the_tests_follow_every_block_of_the_page():
-    blocks = re.findall(r"^# tested: (\w+)$", OPERATIONS, re.MULTILINE)
-    followed = re.findall(r'follow\(.+?, "(\w+)"(?!, page=)', Path(__file__).read_text())
-    assert len(blocks) == len(set(blocks))
-    assert set(blocks) == set(followed)
+def test_the_tests_follow_every_marked_block_of_the_documentation():
+    followed = re.findall(r'follow\(.+?, "(\w+)"', Path(__file__).read_text())
+    assert set(BLOCKS) == set(followed)
 
 
 def test_the_page_names_the_next_step_for_each_kind_of_hold():
-    (table,) = re.findall(r"^\| kind \| what happened .+?\n\n", OPERATIONS, re.MULTILINE | re.DOTALL)
-    named = [kind for row in table.strip().splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
+    kinds = [row[0] for row in table(page("reference/holds"), "# ")]
+    named = [kind for text in kinds for kind in re.findall(r"`(\w+)`", text)]
     assert sorted(named) == sorted(HOLDS)
 
 
@@ -1062,7 +1060,7 @@ def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedPro
     """The share of the page: run a client's commands in one of its folders as a user."""
     if missing := [name for name in ("smbd", "smbclient", "smbpasswd") if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)} (apt install samba smbclient)")
-    (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", ALL, re.MULTILINE | re.DOTALL)
     machine.put("/etc/samba/smb.conf", f"[global]\ndisable netbios = yes\nload printers = no\n{share}")
     for user in ("colleague", "stranger"):
         machine.run("smbpasswd", "-a", "-s", user, text="secret\nsecret\n")
@@ -1160,7 +1158,7 @@ def test_the_secret_of_notifications_comes_from_the_manager(service, endpoint, r
     machine.put("/opt/receiver.py", (ROOT / "examples/notify_receiver.py").read_text())
     add(machine, '[notify]\nurl = "http://127.0.0.1:8484/hook"')
     try:
-        follow(machine, "credential", page=NOTIFICATIONS)
+        follow(machine, "credential")
         secret = "/etc/imagewatch/notify_secret"
         assert machine.run("stat", "--format=%U %a", secret).stdout == "root 600\n"
         machine.run(
