@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man lowest lock release
+.PHONY: demo test quick style check bench man reference site lowest lock release
 
 PYTHON = .venv/bin/python
 
@@ -30,6 +30,10 @@ bench: .venv/.installed
 man: .venv/.installed
 	$(PYTHON) man/make.py > man/imagewatch.1
 
+# The pages of docs/reference that follow from the code.
+reference: .venv/.installed
+	$(PYTHON) docs/make.py
+
 # The commands, the log and the documents with exactly the lowest versions that pyproject.toml allows.
 lowest: .venv/.installed
 	mkdir -p .build
@@ -40,11 +44,22 @@ lowest: .venv/.installed
 
 HASHED = --require-hashes --only-binary :all:
 TOOLS = .build/tools
+SITE = .build/sphinx
 
 $(TOOLS)/.installed: requirements/release.txt
 	python3 -m venv --without-pip --clear $(TOOLS)
 	python3 -m pip --python $(TOOLS) install -q $(HASHED) -r $<
 	touch $@
+
+$(SITE)/.installed: requirements/docs.txt
+	python3 -m venv --without-pip --clear $(SITE)
+	python3 -m pip --python $(SITE) install -q $(HASHED) -r $<
+	touch $@
+
+# The documentation as a site in .build/site. Each warning is an error, and so is a link without a target.
+site: $(SITE)/.installed
+	rm -rf .build/site
+	$(SITE)/bin/sphinx-build -q -W --keep-going -n -c docs -d .build/doctrees . .build/site
 
 # Renews requirements/: the newest versions that pyproject.toml allows, with the hashes of all their files.
 COMPILE = $(TOOLS)/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
@@ -53,6 +68,7 @@ lock: $(TOOLS)/.installed
 	$(COMPILE) --extra postgres pyproject.toml -o requirements/postgres.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) --group release -o requirements/release.txt
+	$(COMPILE) --group docs -o requirements/docs.txt
 
 # dist/: source, wheel, bill of materials (CycloneDX) of what a service installs, checksums. The same commit gives the same files.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)

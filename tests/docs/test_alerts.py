@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.pages import DOCS, page
+from support.pages import DOCS, page, table
 
 from imagewatch.commands import metrics
 from imagewatch.protocol.reasons import HOLDS
@@ -146,3 +146,13 @@ def test_each_alert_fires_when_it_should_and_not_for_a_healthy_service(alert, tm
     promtool("--version")
     assert fires(tmp_path, FIRING[alert], alert)
     assert not fires(tmp_path, QUIET, alert)
+
+
+def test_the_reference_lists_each_metric_with_its_type_labels_and_meaning():
+    families = text_string_to_metric_families(metrics.text(STATUS))
+    found = []
+    for family in families:
+        labels = [f"`{label}`" for label in family.samples[0].labels if label != "inbox"]
+        name = family.samples[0].name
+        found.append([f"`{name}`", family.type, ", ".join(labels), family.documentation])
+    assert table(page("reference/metrics"), "Each name begins") == found
