@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from support.pages import DOCS, page, pages
 
-from imagewatch.commands.main import COMMANDS, cli
-
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 FOR_USERS = [path for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if path.parent != DOCS / "contributing"]
 
 
@@ -22,16 +19,6 @@ def relative(path: Path) -> str:
 def shown(path: Path) -> str:
     """What a reader sees: without the comments."""
     return re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
-
-
-def test_the_readme_lists_every_command():
-    assert set(re.findall(r"^\| `imagewatch (\w+)`", README, re.MULTILINE)) == set(COMMANDS)
-
-
-def test_exit_codes_are_the_same_in_the_readme_and_the_help():
-    epilog = dict(re.findall(r"^  (\d+) +(.+)$", str(cli.epilog), re.MULTILINE))
-    assert len(epilog) > 5
-    assert set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE)) == set(epilog)
 
 
 def anchors(path: Path) -> set[str]:

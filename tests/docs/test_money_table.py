@@ -12,13 +12,12 @@ from imagewatch.inbox.candidate import Wait
 from imagewatch.protocol.reasons import HOLDS, KINDS, LIMITS, RESPONSES, Kind, Others, Reaction
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-MONEY = README.partition("### Money\n")[2].partition("\n#")[0]
+MONEY = page("explanation/money").partition("## When a prompt is charged\n")[2].partition("\n#")[0]
 ON_HOLD = page("reference/holds")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MONEY.splitlines() if line.startswith("| ")]
 
 
-def test_the_readme_has_the_rows_of_the_code_in_the_same_order():
+def test_the_page_on_money_has_the_rows_of_the_code_in_the_same_order():
     assert ROWS[0] == ["what happens", "charged", "this prompt", "other prompts"]
     assert ROWS[1:] == [[kind.cause, kind.charged, kind.reaction.value, kind.others.value] for kind in RESPONSES]
 
