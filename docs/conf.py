@@ -28,12 +28,15 @@ myst_heading_anchors = 6
 html_theme = "furo"
 html_title = f"imagewatch {release}"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 html_static_path = ["_static"]  # beside this file
 html_css_files = ["site.css"]
 
 _ENTRY = re.compile(r"^- \[[^\]]+\]\(([^):#]+)\.md\)", re.MULTILINE)
-_FIRST = '<!doctype html><meta charset="utf-8"><title>imagewatch</title><meta http-equiv="refresh" content="0; url={0}">'
+_FIRST = (
+    '<!doctype html><meta charset="utf-8"><title>imagewatch</title><meta http-equiv="refresh" content="0; url={0}">'
+)
 _FIRST += '<a href="{0}">imagewatch</a>\n'
 
 
