@@ -68,3 +68,10 @@ def test_the_page_about_metrics_has_each_one():
         for name, kind, _, _ in table(page("reference/metrics"), "# ")
     ]
     assert sorted(rows) == sorted(names)
+
+
+def test_the_page_about_the_status_files_has_each_key():
+    schema = json.loads((ROOT / "schemas/imagewatch-status.schema.json").read_text())
+    names = [cells[0] for cells in table(page("reference/status-and-receipts"), "| `stopped` |")]
+    listed = [name for cell in names for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted([*listed, "state"]) == sorted(schema["properties"])
