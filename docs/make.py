@@ -79,20 +79,31 @@ start.
 METRICS = """\
 # Metrics
 
-`imagewatch status --prometheus` prints the [status](json-output.md) in the text format of Prometheus, also while the
-daemon is down. Each metric has the label `inbox`, the path of the inbox.
-A metric is absent if there is nothing to report: without a cap, a budget or a receiver of notifications, and before
-the first response with a balance.
+`imagewatch status --prometheus` prints these metrics in the text format of Prometheus. [Monitor the
+service](../howto/monitor.md) has the set-up and alerting rules.
 
-| metric | type | other labels | meaning |
+Each name begins with `imagewatch_`. Each series has the label `inbox`, the path of the inbox; further labels are in
+the table. Days and months are in UTC.
+
+| metric | type | labels | meaning |
 |---|---|---|---|
 """
 METRICS_FOOT = """
-`reason` of `imagewatch_held` is a [kind of hold](holds.md); that of `imagewatch_not_ready_prompts` is a [key of
-`waiting.why`](json-output.md), or `other`.
-`folder` is a first-level folder that has a [budget](configuration.md#budgetsfolder). Days and months are in UTC.
+| label | values |
+|---|---|
+| `reason` of `imagewatch_held` | a [kind of hold](holds.md). A hold for one folder only is not in it |
+| `reason` of `imagewatch_not_ready_prompts` | a [key of `waiting.why`](json-output.md), or `other` |
+| `outcome` | `completed`, `refused`, `unknown` |
+| `period` | `day`, `month` |
+| `folder` | a folder with a budget |
+| `version` | the version of the daemon |
 
-If several daemons [share an account](shared-account.md), some of these metrics are those of the account.
+- Some metrics are not always there. Those of budgets need `[budgets]`, those of caps a cap, and those of notifications
+  `[notify]`. Those of the balance appear when the API has reported one.
+- If daemons share an account, `imagewatch_period_jobs`, `imagewatch_period_credits`, `imagewatch_balance_credits`,
+  `imagewatch_budget_credits` and `imagewatch_redelivered_prompts_total` are those of the account, with the same value
+  from each host: use `max`, not `sum`.
+- While the daemon is down, `imagewatch_up` is 0, and the figures about waiting prompts are those of its last scan.
 """
 _SUMS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0, "cap": 1}
 _TIME = "2026-01-01T00:00:00Z"

@@ -120,7 +120,9 @@ def test_the_rules_name_only_metrics_and_labels_that_exist():
         known = labels.setdefault(sample.name, {})
         for label, value in sample.labels.items():
             known.setdefault(label, set()).add(value)
-    named = re.findall(r"\b(imagewatch_\w+)(?:\{([^}]*)\})?", "\n".join(re.findall(r"^ +expr: (.+)$", RULES, re.M)))
+    named = re.findall(
+        r"\b(imagewatch_\w+)(?:\{([^}]*)\})?", "\n".join(re.findall(r"^ +expr: (.+)$", RULES, re.MULTILINE))
+    )
     assert len(named) >= len(ALERTS)
     for name, selector in named:
         assert name in labels, name
