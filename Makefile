@@ -68,7 +68,7 @@ lock: $(TOOLS)/.installed
 	$(COMPILE) --extra postgres pyproject.toml -o requirements/postgres.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) --group release -o requirements/release.txt
-	$(COMPILE) --group docs -o requirements/docs.txt
+	$(COMPILE) --fork-strategy fewest --group docs -o requirements/docs.txt
 
 # dist/: source, wheel, bill of materials (CycloneDX) of what a service installs, checksums. The same commit gives the same files.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)

@@ -23,6 +23,7 @@ from support.container import ROOT, Container, Unavailable, unavailable
 from support.daemon import KEY, STARTED, until
 from support.pages import marked, page, pages, table
 
+from imagewatch import __version__
 from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
@@ -980,6 +981,7 @@ def test_status_hold_and_reload(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
     until(lambda: started.events("completed"))
+    assert "is running" in follow(started.container, "look_at_exit_code")
     result = follow(started.container, "look")
     assert "is running" in result
     assert "Total: " in result
@@ -1033,6 +1035,7 @@ def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint)
     until(lambda: started.events("completed"))
     before = started.container.run("imagewatch", "history", "--json", "--limit=0").stdout
     follow(started.container, "backup")
+    assert follow(started.container, "read_backup") == "ok\n"
     follow(started.container, "restore")
     assert json.loads(started.container.run("imagewatch", "history", "--json", "--limit=0").stdout) == json.loads(
         before
@@ -1043,8 +1046,16 @@ def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint)
 
 def test_an_upgrade_continues_with_the_prompts_that_are_there(service, endpoint):
     service.prompt("early", "[sandbox: b64] Dropped while it was down")
+    follow(service.container, "copy_state")
+    (copy,) = service.container.path("/var/lib").glob("imagewatch.before-*")
+    assert (copy / "ledger.sqlite3").exists()
+    shutil.rmtree(copy)
     follow(service.container, "upgrade")
     assert service.receipt("early")["charged"] == "yes"
+    result = follow(service.container, "after_upgrade")
+    assert result.startswith(f"imagewatch {__version__}\n")
+    assert "is running" in result
+    assert not re.search("^bad ", result, re.MULTILINE)
 
 
 def test_files_of_a_sync_program_in_the_folders_are_not_touched(started, endpoint):
