@@ -47,11 +47,11 @@ def quoted(program: str) -> str:
     Raises:
         UsageError: A unit cannot name it.
     """
-    if not os.path.isabs(program) or printable(program) != program or "$" in program:
-        hint = "name an absolute path without control characters and without $"
+    if not os.path.isabs(program) or printable(program) != program or set(program) & set("$\"'\\"):
+        hint = "name an absolute path without quotation marks, backslashes, $ and control characters"
         raise UsageError(f"a unit cannot start this program: {printable(program)}", hint=hint)
-    text = program.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{text}"' if set(program) & set(" '\"\\") else text
+    text = program.replace("%", "%%")
+    return f'"{text}"' if " " in program else text
 
 
 def require_usable(program: str, *, is_user: bool) -> None:
