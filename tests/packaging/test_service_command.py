@@ -215,10 +215,10 @@ def test_units_of_a_package_are_not_hidden_by_others(tmp_path):
 def test_the_next_commands_are_in_the_order_of_the_documented_installation(tmp_path):
     done = install(tmp_path, "--gallery")
     steps = re.findall(r"^  (\S.*)$", done.stdout, re.MULTILINE)
-    page = (ROOT / "docs/operations.md").read_text()
+    pages = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
     for step in steps:
         command = step.replace(f"{PROGRAM} init", "imagewatch init")
-        assert command in page or command.startswith("systemd-sysusers"), step
+        assert command in pages or command.startswith("systemd-sysusers"), step
     kinds = [
         re.search(r"sysusers imagewatch|tmpfiles| init |letta_api_key|daemon-reload|enable", step) for step in steps
     ]

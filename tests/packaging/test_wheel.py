@@ -144,6 +144,9 @@ def test_the_description_of_the_package_is_complete(installed):
     classifiers = content.get_all("Classifier")
     assert "Development Status :: 5 - Production/Stable" in classifiers
     assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= set(classifiers)
+    text = content.get_payload()
+    assert f"]({links['Source']}/raw/v{__version__}/docs/" in text, "the image"
+    assert not re.search(r"\]\((?!https://|#)", text), "a link that works only in the repository"
     assert "imagewatch/py.typed" in names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 
