@@ -74,9 +74,11 @@ def _node(condition: Any) -> ast.Lambda | ast.FunctionDef | None:
     tree = ast.parse("".join(linecache.getlines(code.co_filename)))
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda | ast.FunctionDef)]
     of_line = [node for node in nodes if node.lineno == code.co_firstlineno and _name(node) == code.co_name]
-    if len(of_line) > 1:  # several lambdas in a line: the one in which the first instruction is
-        first = next((line, column) for line, _, column, _ in code.co_positions() if column)
-        of_line = [node for node in of_line if isinstance(node, ast.Lambda) and _contains(node.body, first)]
+    if (
+        len(of_line) > 1
+    ):  # several lambdas in a line: the one in which the first instruction is; one without a place is not found
+        first = next(((line, column) for line, _, column, _ in code.co_positions() if column), None)
+        of_line = [node for node in of_line if isinstance(node, ast.Lambda) and first and _contains(node.body, first)]
     return of_line[0] if of_line else None
 
 
