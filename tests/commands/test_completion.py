@@ -94,7 +94,7 @@ def test_the_manual_page_matches_the_commands():
     assert done.stdout == PAGE.read_text()
     commands = {name: load_command(name) for name in COMMANDS}
     groups = {name: one for name, one in commands.items() if isinstance(one, click.Group)}
-    assert set(groups) == {"db", "hosts"}
+    assert set(groups) == {"db", "hosts", "service"}
     commands |= {f"{name} {inner}": one.commands[inner] for name, one in groups.items() for inner in one.commands}
     for name, one in commands.items():
         start = rf'^\.SS "imagewatch {name} \[OPTIONS\]'
