@@ -20,11 +20,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import KEY, Folders, until
 from support.endpoint import unique_png
-from support.pages import DOCS, page
+from support.pages import DOCS, page, table
 
+from imagewatch.commands.batch import MOST_WITHOUT_YES
 from imagewatch.config.load import load
+from imagewatch.config.schema import Endpoint, Limits, Retry
+from imagewatch.inbox.candidate import Wait
+from imagewatch.journal.holds import LONGEST_ASKED_SECONDS, LONGEST_SECONDS
+from imagewatch.protocol import prompt as prompts
+from imagewatch.protocol.image_reader import MAX_PIXELS
+from imagewatch.protocol.jpeg import MAX_SCANS
 from imagewatch.protocol.prompt import parse
 from imagewatch.protocol.reasons import HOLDS
+from imagewatch.system.exits import EXIT_CONFIG, EXIT_HELD, EXIT_INTERNAL, EXIT_RUNNING, EXIT_SPOOL, EXIT_USAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -314,3 +322,50 @@ def test_the_rules_are_checked_as_written() -> None:
 def test_a_page_has_each_kind_of_hold(name: str) -> None:
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page(name), re.MULTILINE)
     assert set(HOLDS) <= {kind for row in rows for kind in re.findall(r"\w+", row)}
+
+
+def test_troubleshooting_has_each_reason_why_a_prompt_waits() -> None:
+    stays = page("troubleshooting").partition("## My file stays in the inbox")[2].partition("\n## ")[0]
+    assert [wait for wait in Wait if wait.text.partition(":")[0] not in stays] == []
+
+
+def test_troubleshooting_has_each_exit_code_of_a_daemon_that_does_not_start() -> None:
+    rows = table(page("troubleshooting"), "The exit code names the kind of problem")
+    codes = {int(code) for row in rows for code in row[0].split(", ")}
+    assert {EXIT_USAGE, EXIT_CONFIG, EXIT_RUNNING, EXIT_SPOOL, EXIT_HELD, EXIT_INTERNAL} <= codes
+
+
+def test_the_glossary_defines_each_term_once() -> None:
+    terms = re.findall(r"^\| ([a-z][\w ,]+) \|", page("glossary"), re.MULTILINE)
+    terms = [term for term in terms if term not in {"term", "kind of hold"}]
+    assert len(terms) > 50
+    assert len(terms) == len(set(terms))
+
+
+LIMITS = {
+    "32,000": prompts.MAX_CHARACTERS,
+    "262,144": prompts.MAX_BYTES,
+    "16,384": prompts.MAX_FRONT,
+    "images of one prompt | 14": prompts.MAX_INPUTS,
+    "100,000,000": MAX_PIXELS,
+    "scans of one JPEG | 100": MAX_SCANS,
+    "300,000,000": Limits().max_input_bytes,
+    "500,000,000": Limits().min_free_bytes,
+    "400,000,000": Endpoint().max_response_bytes,
+    "900 seconds": Endpoint().deadline_seconds,
+    "600 seconds | `endpoint.timeout_seconds`": Endpoint().timeout_seconds,
+    "10 seconds | `endpoint.connect_timeout_seconds`": Endpoint().connect_timeout_seconds,
+    "attempts for a request that was not charged | 4": Retry().attempts,
+    "requests at the same time | 4": Limits().concurrency,
+    "up to 15 minutes": LONGEST_SECONDS / 60,
+    "at most 6 hours": LONGEST_ASKED_SECONDS / 3600,
+    "more than 100 new prompts": MOST_WITHOUT_YES,
+}
+"""What the page of limits says, and the value in the code that has the same number."""
+
+
+@pytest.mark.parametrize("text", LIMITS)
+def test_a_limit_on_the_page_is_that_of_the_code(text: str) -> None:
+    assert text in page("reference/limits")
+    number = re.findall(r"\d[\d,]*", text)[-1]
+    assert int(number.replace(",", "")) == LIMITS[text]

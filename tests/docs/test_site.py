@@ -38,7 +38,7 @@ def build(tmp_path: Path) -> Build:
     shutil.copy(ROOT / "imagewatch/__init__.py", tmp_path / "imagewatch")
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
-        start = "# Start\n\n- [Other](other.md): a page\n"
+        start = "# Start\n\n- [Other](other.md): a page with a [part](other.md#part)\n"
         for name, text in {"index": start, "other": "# Other\n\n## Part\n\nText.\n", **more}.items():
             (tmp_path / f"docs/{name}.md").write_text(text)
         command = [SPHINX, *line.split()]
@@ -48,7 +48,9 @@ def build(tmp_path: Path) -> Build:
 
 
 def test_a_site_without_a_mistake_is_built(build: Build, tmp_path: Path):
-    done = build(other="# Other\n\n<!-- tested: x -->\n```sh\ntrue\n```\n\n| a |\n|---|\n| b <!-- `test_b` --> |\n")
+    done = build(
+        other="# Other\n\n## Part\n\n<!-- tested: x -->\n```sh\ntrue\n```\n\n| a |\n|---|\n| b <!-- `test_b` --> |\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     page = (tmp_path / ".build/site/docs/other.html").read_text()
     assert "test_b" not in page

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -989,6 +990,41 @@ def test_status_hold_and_reload(started, endpoint):
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
     until(lambda: started.events("reloaded"))
+
+
+def test_the_key_is_checked_as_the_how_to_pages_say(started, endpoint):
+    for result in (follow(started.container, "check_as_service"), follow(started.container, "check_balance")):
+        assert "from systemd credential letta_api_key" in result
+        assert not re.search("^bad ", result, re.MULTILINE)
+    assert re.search("^ok +total balance ", result, re.MULTILINE)
+
+
+def test_a_changed_configuration_is_checked_and_applied_as_the_pages_say(started, endpoint):
+    assert "ok      configuration" in follow(started.container, "apply_presets")
+    until(lambda: len(started.events("reloaded")) == 1)
+    assert "ok      configuration" in follow(started.container, "apply_budgets")
+    until(lambda: len(started.events("reloaded")) == 2)
+
+
+def test_a_service_that_systemd_gave_up_is_started_again_as_troubleshooting_says(service, endpoint):
+    service.drop_in("ExecStart=\nExecStart=/bin/false\n[Unit]\nStartLimitBurst=2")
+    assert service.systemctl("start", check=False).returncode != 0
+    until(lambda: service.container.show(service.unit, "Result") == "start-limit-hit")
+    service.drop_in("")
+    follow(service.container, "start_again")
+    until(lambda: service.events("started"))
+
+
+def test_old_copies_of_the_ledger_are_removed_as_the_page_says(machine):
+    place = machine.path("/var/backups/imagewatch")
+    made = {days: place / f"ledger-{days}.sqlite3" for days in (1, 40)}
+    place.mkdir(parents=True, exist_ok=True)
+    for days, path in made.items():
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - days * 86_400,) * 2)
+    follow(machine, "prune_backups")
+    assert [days for days, path in made.items() if path.exists()] == [1]
+    made[1].unlink()
 
 
 def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(started, endpoint):
