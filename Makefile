@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man lowest lock release
+.PHONY: demo test quick style check bench man lowest lock release deb
 
 PYTHON = .venv/bin/python
 
@@ -67,3 +67,15 @@ release: $(TOOLS)/.installed
 		$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --mc-type application --pyproject .build/pyproject.toml \
 		--output-file "dist/imagewatch-$$version.cdx.json" .build/service/bin/python
 	cd dist && sha256sum * > SHA256SUMS
+
+# dist/imagewatch_VERSION-1~debRELEASE_ARCH.deb, for the release of Debian that this runs on. The same commit gives the same file.
+DEB = .build/deb
+DIST = dist
+deb: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+deb:
+	rm -rf $(DEB)
+	mkdir -p $(DEB)/imagewatch $(DIST)
+	git ls-files -z | xargs -0 cp --parents --no-dereference -t $(DEB)/imagewatch
+	sh $(DEB)/imagewatch/debian/changelog.sh > $(DEB)/imagewatch/debian/changelog
+	cd $(DEB)/imagewatch && dpkg-buildpackage --build=binary --no-sign
+	mv $(DEB)/imagewatch_*.deb $(DIST)
