@@ -77,5 +77,5 @@ deb:
 	mkdir -p $(DEB)/imagewatch $(DIST)
 	git ls-files -z | xargs -0 cp --parents --no-dereference -t $(DEB)/imagewatch
 	sh $(DEB)/imagewatch/debian/changelog.sh > $(DEB)/imagewatch/debian/changelog
-	cd $(DEB)/imagewatch && dpkg-buildpackage --build=binary --no-sign
+	cd $(DEB)/imagewatch && dpkg-checkbuilddeps -I && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
 	mv $(DEB)/imagewatch_*.deb $(DIST)
