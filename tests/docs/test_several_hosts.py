@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY
+from support.pages import page
 
 from imagewatch.commands.main import COMMANDS
 from imagewatch.config.load import load
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/several-hosts.md").read_text()
+PAGE = page("howto/several-hosts")
 COMPOSE = ROOT / "examples/compose.shared.yaml"
 DROP_IN = ROOT / "examples/systemd-shared.conf"
 PASSWORD = "correct horse"
@@ -55,7 +56,7 @@ def test_the_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
 
 def test_every_command_on_the_page_exists_with_its_options() -> None:
     found = set(re.findall(r"`imagewatch ([a-z]+)((?: [a-z-]+)*)", PAGE))
-    assert {"db", "hosts", "migrate", "once"} == {name for name, _ in found}
+    assert {"db", "hosts", "migrate", "once", "release"} == {name for name, _ in found}
     for name, rest in found:
         words = [word for word in rest.split() if word.startswith("--") or name == "db"]
         commands = [word for word in words if not word.startswith("--")]

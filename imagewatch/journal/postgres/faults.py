@@ -42,7 +42,7 @@ _AT_CONNECT = (
     (
         re.compile("no password supplied"),
         "needs a password, and this process has none",
-        "put it into ~/.pgpass, or run the command with the credential database_password (docs/several-hosts.md)",
+        "put it into ~/.pgpass, or run the command with the credential database_password (docs/howto/several-hosts.md)",
     ),
     (re.compile("password authentication failed"), "refuses the password", _ACCESS),
     (re.compile("no pg_hba.conf entry"), "refuses the user", _USER),
