@@ -78,6 +78,8 @@ url:
 # service installs, checksums. The same commit gives the same files; docs/contributing/release.md says how far.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 release: $(TOOLS)/.installed
+	@for tool in git sha256sum $$(test ! -d debian || echo dpkg-buildpackage dh); do \
+		command -v $$tool > /dev/null || { echo "make release needs $$tool"; exit 1; }; done
 	test -z "$$(git status --porcelain)" || { echo 'commit everything first'; exit 1; }
 	rm -rf dist .build/service
 	$(TOOLS)/bin/python -m build --no-isolation
