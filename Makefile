@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man reference site lowest lock release
+.PHONY: demo test quick style check bench man reference site lowest lock release url
 
 PYTHON = .venv/bin/python
 
@@ -70,9 +70,16 @@ lock: $(TOOLS)/.installed
 	$(COMPILE) --group release -o requirements/release.txt
 	$(COMPILE) --fork-strategy fewest --group docs -o requirements/docs.txt
 
-# dist/: source, wheel, bill of materials (CycloneDX) of what a service installs, checksums. The same commit gives the same files.
+# Sets the address of the repository everywhere: make url URL=https://…
+url:
+	python3 .ci/set_url.py '$(URL)'
+
+# dist/: all that is published of a version: source, wheel, Debian package, image, bill of materials (CycloneDX) of what a
+# service installs, checksums. The same commit gives the same files; docs/contributing/release.md says how far.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 release: $(TOOLS)/.installed
+	@for tool in git sha256sum $$(test ! -d debian || echo dpkg-buildpackage dh); do \
+		command -v $$tool > /dev/null || { echo "make release needs $$tool"; exit 1; }; done
 	test -z "$$(git status --porcelain)" || { echo 'commit everything first'; exit 1; }
 	rm -rf dist .build/service
 	$(TOOLS)/bin/python -m build --no-isolation
@@ -82,4 +89,6 @@ release: $(TOOLS)/.installed
 		sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > .build/pyproject.toml && \
 		$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --mc-type application --pyproject .build/pyproject.toml \
 		--output-file "dist/imagewatch-$$version.cdx.json" .build/service/bin/python
+	test ! -d debian || $(MAKE) deb
+	test ! -e Containerfile || $(MAKE) image
 	cd dist && sha256sum * > SHA256SUMS

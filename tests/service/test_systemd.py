@@ -1277,6 +1277,22 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     assert "Total: 1 completed" in run("imagewatch", "history")
 
 
+# The command that writes the units
+
+
+def test_service_install_writes_units_that_work_and_finds_those_of_the_page_unchanged(service, endpoint):
+    machine = service.container
+    assert machine.run("imagewatch", "service", "install").stdout.count("unchanged: /etc/") == 4
+    machine.run("rm", "/etc/systemd/system/imagewatch.service")
+    done = machine.run("imagewatch", "service", "install").stdout
+    assert "wrote: /etc/systemd/system/imagewatch.service\n" in done
+    assert "  systemctl daemon-reload\n" in done
+    machine.run("systemctl", "daemon-reload")
+    service.systemctl("start")
+    service.prompt("written", "[sandbox: b64] By the command")
+    service.receipt("written")
+
+
 # The end
 
 
