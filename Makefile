@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man reference site lowest lock release url
+.PHONY: demo test quick style check bench man reference site lowest lock release url deb
 
 PYTHON = .venv/bin/python
 
@@ -92,3 +92,15 @@ release: $(TOOLS)/.installed
 	test ! -d debian || $(MAKE) deb
 	test ! -e Containerfile || $(MAKE) image
 	cd dist && sha256sum * > SHA256SUMS
+
+# dist/imagewatch_VERSION-1~debRELEASE_ARCH.deb, for the release of Debian that this runs on. The same commit gives the same file.
+DEB = .build/deb
+DIST = dist
+deb: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+deb:
+	rm -rf $(DEB)
+	mkdir -p $(DEB)/imagewatch $(DIST)
+	git ls-files -z | xargs -0 cp --parents --no-dereference -t $(DEB)/imagewatch
+	sh $(DEB)/imagewatch/debian/changelog.sh > $(DEB)/imagewatch/debian/changelog
+	cd $(DEB)/imagewatch && dpkg-checkbuilddeps -I && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
+	mv $(DEB)/imagewatch_*.deb $(DIST)
