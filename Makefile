@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man lowest lock release
+.PHONY: demo test quick style check bench man lowest lock release image
 
 PYTHON = .venv/bin/python
 
@@ -67,3 +67,15 @@ release: $(TOOLS)/.installed
 		$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --mc-type application --pyproject .build/pyproject.toml \
 		--output-file "dist/imagewatch-$$version.cdx.json" .build/service/bin/python
 	cd dist && sha256sum * > SHA256SUMS
+
+# dist/: the image for "podman load" and "docker load", built without a registry. The same commit and the same Debian packages give
+# the same image.
+image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+image:
+	mkdir -p dist
+	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' imagewatch/__init__.py) && \
+		.ci/image.sh "localhost/imagewatch:$$version" --build-arg VERSION="$$version" --build-arg REVISION="$$(git rev-parse HEAD)" && \
+		podman tag "localhost/imagewatch:$$version" localhost/imagewatch:latest && \
+		rm -f "dist/imagewatch-$$version-image.tar" && \
+		podman save --quiet --format docker-archive --output "dist/imagewatch-$$version-image.tar" \
+			"localhost/imagewatch:$$version" localhost/imagewatch:latest
