@@ -102,7 +102,7 @@ def test_another_folder_gives_the_same_file(package, tmp_path):
 
 def follow(machine: Container, name: str, text: str = "") -> str:
     """Run the commands of one block of the page; return what they print."""
-    (block,) = re.findall(rf"^<!-- tested: {name} -->\n```sh\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(rf"^<!-- tested: deb_{name} -->\n```sh\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     done = machine.run("bash", "-euc", block.replace("_amd64", "_*"), text=text, cwd="/root/package")
     return done.stdout + done.stderr
 
