@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man reference site lowest lock release
+.PHONY: demo test quick style check bench man reference site lowest lock release url deb image
 
 PYTHON = .venv/bin/python
 
@@ -68,11 +68,18 @@ lock: $(TOOLS)/.installed
 	$(COMPILE) --extra postgres pyproject.toml -o requirements/postgres.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) --group release -o requirements/release.txt
-	$(COMPILE) --group docs -o requirements/docs.txt
+	$(COMPILE) --fork-strategy fewest --group docs -o requirements/docs.txt
 
-# dist/: source, wheel, bill of materials (CycloneDX) of what a service installs, checksums. The same commit gives the same files.
+# Sets the address of the repository everywhere: make url URL=https://…
+url:
+	python3 .ci/set_url.py '$(URL)'
+
+# dist/: all that is published of a version: source, wheel, Debian package, image, bill of materials (CycloneDX) of what a
+# service installs, checksums. The same commit gives the same files; docs/contributing/release.md says how far.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 release: $(TOOLS)/.installed
+	@for tool in git sha256sum $$(test ! -d debian || echo dpkg-buildpackage dh); do \
+		command -v $$tool > /dev/null || { echo "make release needs $$tool"; exit 1; }; done
 	test -z "$$(git status --porcelain)" || { echo 'commit everything first'; exit 1; }
 	rm -rf dist .build/service
 	$(TOOLS)/bin/python -m build --no-isolation
@@ -82,4 +89,30 @@ release: $(TOOLS)/.installed
 		sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > .build/pyproject.toml && \
 		$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --mc-type application --pyproject .build/pyproject.toml \
 		--output-file "dist/imagewatch-$$version.cdx.json" .build/service/bin/python
+	test ! -d debian || $(MAKE) deb
+	test ! -e Containerfile || $(MAKE) image
 	cd dist && sha256sum * > SHA256SUMS
+
+# dist/imagewatch_VERSION-1~debRELEASE_ARCH.deb, for the release of Debian that this runs on. The same commit gives the same file.
+DEB = .build/deb
+DIST = dist
+deb: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+deb:
+	rm -rf $(DEB)
+	mkdir -p $(DEB)/imagewatch $(DIST)
+	git ls-files -z | xargs -0 cp --parents --no-dereference -t $(DEB)/imagewatch
+	sh $(DEB)/imagewatch/debian/changelog.sh > $(DEB)/imagewatch/debian/changelog
+	cd $(DEB)/imagewatch && dpkg-checkbuilddeps -I && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
+	mv $(DEB)/imagewatch_*.deb $(DIST)
+
+# dist/: the image for "podman load" and "docker load", built without a registry. The same commit and the same Debian packages give
+# the same image.
+image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+image:
+	mkdir -p dist
+	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' imagewatch/__init__.py) && \
+		.ci/image.sh "localhost/imagewatch:$$version" --build-arg VERSION="$$version" --build-arg REVISION="$$(git rev-parse HEAD)" && \
+		podman tag "localhost/imagewatch:$$version" localhost/imagewatch:latest && \
+		rm -f "dist/imagewatch-$$version-image.tar" && \
+		podman save --quiet --format docker-archive --output "dist/imagewatch-$$version-image.tar" \
+			"localhost/imagewatch:$$version" localhost/imagewatch:latest

@@ -28,6 +28,7 @@ myst_heading_anchors = 6
 html_theme = "furo"
 html_title = f"imagewatch {release}"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 html_static_path = ["_static"]  # beside this file
 html_css_files = ["site.css"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args, get_origin
 
 import click
 import msgspec
 
+from imagewatch.commands import metrics
 from imagewatch.commands.main import COMMANDS, cli, load_command
 from imagewatch.config.example import example
 from imagewatch.config.schema import NAMED, RESTART, SECTIONS, SINCE
@@ -30,7 +31,8 @@ _WORDS = {bool: "true or false", int: "whole number", float: "number", str: "tex
 CONFIGURATION = """\
 # Configuration
 
-The configuration is one TOML file. `imagewatch init` writes one with every key, its default and a comment; `imagewatch check` lists every problem of yours.
+The configuration is one TOML file. `imagewatch init` writes one with every key, its default and a comment;
+`imagewatch check` lists every problem of yours.
 
 The daemon and the commands use the first of these that exists:
 
@@ -41,16 +43,21 @@ The daemon and the commands use the first of these that exists:
 
 Relative paths start at the folder of the file. A path may begin with `~/`.
 
-**Environment.** Each key has a name in the environment, which overrides the file. Write text as it is, and other values as in TOML:
-`IMAGEWATCH_LIMITS__CONCURRENCY=2`, `IMAGEWATCH_LIMITS__PROVIDERS='["flux"]'`. `LETTA_BASE_URL` and `LETTA_API_KEY` count if the configuration does not set the URL or the key.
+**Environment.** Each key has a name in the environment, which overrides the file. Write text as it is, and other
+values as in TOML:
+`IMAGEWATCH_LIMITS__CONCURRENCY=2`, `IMAGEWATCH_LIMITS__PROVIDERS='["flux"]'`. `LETTA_BASE_URL` and `LETTA_API_KEY`
+count if the configuration does not set the URL or the key.
 
-**Change.** *Reload*: `systemctl reload imagewatch`, or SIGHUP, applies a change while the daemon runs. If the new configuration has a problem, the old one stays in use, and the log has `reload_failed`.
-*Restart*: a change needs a restart; a reload refuses it. A change in the environment always needs a restart. Other commands read the configuration at each call.
+**Change.** *Reload*: `systemctl reload imagewatch`, or SIGHUP, applies a change while the daemon runs. If the new
+configuration has a problem, the old one stays in use, and the log has `reload_failed`.
+*Restart*: a change needs a restart; a reload refuses it. A change in the environment always needs a restart. Other
+commands read the configuration at each call.
 """
 COMMANDS_HEAD = """\
 # Commands
 
-`imagewatch COMMAND --help` prints the same, and so does `man imagewatch`. [Exit codes](exit-codes.md) has the exit codes of all commands,
+`imagewatch COMMAND --help` prints the same, and so does `man imagewatch`. [Exit codes](exit-codes.md) has the exit
+codes of all commands,
 [JSON output of the commands](json-output.md) what `--json` prints.
 """
 EXITS = """\
@@ -62,10 +69,63 @@ Every command exits with one of these codes.
 |---|---|
 """
 EXITS_FOOT = """
-A command that a signal ends exits with 128 and the number of the signal, such as 130 after Ctrl-C and 143 after SIGTERM.
-[JSON output of the commands](json-output.md) explains for `once` and `submit` what is queued after each code, and whether you may run the command again.
-[Fix failed and stuck jobs](../howto/failures.md#when-it-does-not-start) explains the codes of a daemon that does not start.
+A command that a signal ends exits with 128 and the number of the signal, such as 130 after Ctrl-C and 143 after
+SIGTERM.
+[JSON output of the commands](json-output.md) explains for `once` and `submit` what is queued after each code, and
+whether you may run the command again.
+[Fix failed and stuck jobs](../howto/failures.md#when-it-does-not-start) explains the codes of a daemon that does not
+start.
 """
+METRICS = """\
+# Metrics
+
+`imagewatch status --prometheus` prints these metrics in the text format of Prometheus. [Monitor the
+service](../howto/monitor.md) has the set-up and alerting rules.
+
+Each name begins with `imagewatch_`. Each series has the label `inbox`, the path of the inbox; further labels are in
+the table. Days and months are in UTC.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+METRICS_FOOT = """
+| label | values |
+|---|---|
+| `reason` of `imagewatch_held` | a [kind of hold](holds.md). A hold for one folder only is not in it |
+| `reason` of `imagewatch_not_ready_prompts` | a [key of `waiting.why`](json-output.md), or `other` |
+| `outcome` | `completed`, `refused`, `unknown` |
+| `period` | `day`, `month` |
+| `folder` | a folder with a budget |
+| `version` | the version of the daemon |
+
+- Some metrics are not always there. Those of budgets need `[budgets]`, those of caps a cap, and those of notifications
+  `[notify]`. Those of the balance appear when the API has reported one.
+- If daemons share an account, `imagewatch_period_jobs`, `imagewatch_period_credits`, `imagewatch_balance_credits`,
+  `imagewatch_budget_credits` and `imagewatch_redelivered_prompts_total` are those of the account, with the same value
+  from each host: use `max`, not `sum`.
+- While the daemon is down, `imagewatch_up` is 0, and the figures about waiting prompts are those of its last scan.
+"""
+_SUMS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0, "cap": 1}
+_TIME = "2026-01-01T00:00:00Z"
+STATUS = {
+    "inbox": "/srv/imagewatch/inbox",
+    "is_running": True,
+    "version": "1",
+    "last_scan": _TIME,
+    "updated": _TIME,
+    "waiting": {"ready": 0, "why": {}},
+    "ignored": {"count": 0},
+    "in_flight": [],
+    "stuck": [],
+    "holds": [],
+    "today": _SUMS,
+    "month": _SUMS,
+    "budgets": [{"folder": "anna", "today": _SUMS, "month": _SUMS}],
+    "balance": {"credits": 0, "at": _TIME},
+    "notifications": {"pending": 0, "failed": 0},
+    "redelivered": 0,
+}
+"""A status for which each metric is printed."""
 
 
 class Entry(NamedTuple):
@@ -98,12 +158,13 @@ def examples() -> tuple[dict[str, str], dict[str, Entry]]:
 
 def words(text: str) -> str:
     """A comment as Markdown: what is quoted there is code."""
+    text = re.sub(r"(imagewatch)?\[[a-z.]+\]", lambda found: f"`{found[0]}`", text)
     text = text.replace("docs/howto/notify.md", "[Notifications](../howto/notify.md)")
     quoted = re.sub(r'"([^"]+)"', lambda found: f"`{found[1]}`" if " " in found[1] else f'`"{found[1]}"`', text)
     return re.sub(r"(?<![`\w.])([a-z]+_[a-z_]+)(?![`\w.])", r"`\1`", quoted)
 
 
-def kind(type_: Any, key: str) -> str:
+def kind(type_: object, key: str) -> str:
     """The type of a key for a reader."""
     if get_origin(type_) is Annotated:
         base, *metas = get_args(type_)
@@ -229,7 +290,18 @@ def exits() -> str:
     return "\n".join([MARK, "", EXITS.rstrip(), *rows, EXITS_FOOT])
 
 
-PAGES = {"configuration": configuration, "commands": commands, "exit-codes": exits}
+def metric_page() -> str:
+    """The page about the metrics."""
+    rows = []
+    for name, meaning, type_ in re.findall(r"^# HELP (\w+) (.+)\n# TYPE \1 (\w+)$", metrics.text(STATUS), re.MULTILINE):
+        labels = re.findall(rf"^{name}{{(.+)}} ", metrics.text(STATUS), re.MULTILINE)
+        names = dict.fromkeys(re.findall(r'(\w+)="', ",".join(labels)))
+        others = ", ".join(f"`{label}`" for label in names if label != "inbox")
+        rows.append(f"| `{name}` | {type_} | {others} | {meaning} |")
+    return "\n".join([MARK, "", METRICS.rstrip(), *rows, METRICS_FOOT])
+
+
+PAGES = {"configuration": configuration, "commands": commands, "exit-codes": exits, "metrics": metric_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

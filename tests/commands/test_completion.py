@@ -88,13 +88,25 @@ def test_the_documented_lines_for_shells_work(shell):
     assert "imagewatch" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", sorted(COMPLETE))
+def test_the_printed_script_is_that_of_click(shell):
+    """After a change of click: write its script into ``completions/`` again, with the line that says so."""
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"
+    printed = subprocess.run([PROGRAM, "completion", shell], env=ENVIRON, capture_output=True, text=True, check=True)
+    done = subprocess.run(["sh", "-c", line], env=ENVIRON, capture_output=True, text=True, check=True)
+    assert printed.stdout.replace(f"# Written by click: {line}\n", "").strip() == done.stdout.strip()
+
+
 def test_the_manual_page_matches_the_commands():
     """After a change of commands or options: ``make man``."""
     done = subprocess.run([sys.executable, ROOT / "man/make.py"], capture_output=True, text=True, check=True)
     assert done.stdout == PAGE.read_text()
     commands = {name: load_command(name) for name in COMMANDS}
     groups = {name: one for name, one in commands.items() if isinstance(one, click.Group)}
-    assert set(groups) == {"db", "hosts"}
+    assert set(groups) == {"db", "hosts", "service"}
     commands |= {f"{name} {inner}": one.commands[inner] for name, one in groups.items() for inner in one.commands}
     for name, one in commands.items():
         start = rf'^\.SS "imagewatch {name} \[OPTIONS\]'

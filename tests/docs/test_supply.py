@@ -24,6 +24,7 @@ DIRECT = {
     "service": DEPENDENCIES,
     "postgres": [*DEPENDENCIES, *PYPROJECT["project"]["optional-dependencies"]["postgres"]],
     "build": BUILDING,
+    "docs": GROUPS["docs"],
     "release": [*BUILDING, *(one for one in GROUPS["release"] if isinstance(one, str))],
 }
 """The lock files, and the requirements of ``pyproject.toml`` for each."""
@@ -43,7 +44,7 @@ def entries(name: str) -> dict[str, tuple[Version, int, str]]:
     return {one: (Version(version), hashes.count("sha256:"), via) for one, version, _, hashes, via in found}
 
 
-@pytest.mark.parametrize("text", [*DEPENDENCIES, *TESTING, *DIRECT["release"]])
+@pytest.mark.parametrize("text", [*DEPENDENCIES, *TESTING, *DIRECT["release"], *DIRECT["docs"]])
 def test_every_dependency_has_one_lower_and_one_upper_bound(text):
     operators = [one.operator for one in Requirement(text).specifier if one.operator != "!="]
     assert sorted(operators) == ["<", ">="]

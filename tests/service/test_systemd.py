@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 UNITS = ROOT / "systemd"
 ALL = "".join(path.read_text() for path in pages())
-BLOCKS = marked("sh")
+BLOCKS = {name: text for name, text in marked("sh").items() if not name.startswith(("deb_", "image_"))}
 """Of all pages; another test runs those of other kinds."""
 EXPOSURE = {"imagewatch": 11, "imagewatch-gallery": 2}  # tenths
 WATCHDOG_SECONDS = 4
@@ -1275,6 +1275,22 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     until(machine.path("/home/colleague/Pictures/imagewatch/outbox/me.receipt.toml").exists)
     assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
     assert "Total: 1 completed" in run("imagewatch", "history")
+
+
+# The command that writes the units
+
+
+def test_service_install_writes_units_that_work_and_finds_those_of_the_page_unchanged(service, endpoint):
+    machine = service.container
+    assert machine.run("imagewatch", "service", "install").stdout.count("unchanged: /etc/") == 4
+    machine.run("rm", "/etc/systemd/system/imagewatch.service")
+    done = machine.run("imagewatch", "service", "install").stdout
+    assert "wrote: /etc/systemd/system/imagewatch.service\n" in done
+    assert "  systemctl daemon-reload\n" in done
+    machine.run("systemctl", "daemon-reload")
+    service.systemctl("start")
+    service.prompt("written", "[sandbox: b64] By the command")
+    service.receipt("written")
 
 
 # The end
