@@ -1009,7 +1009,7 @@ def test_a_changed_configuration_is_checked_and_applied_as_the_pages_say(started
 def test_a_service_that_systemd_gave_up_is_started_again_as_troubleshooting_says(service, endpoint):
     service.drop_in("ExecStart=\nExecStart=/bin/false\n[Unit]\nStartLimitBurst=2")
     assert service.systemctl("start", check=False).returncode != 0
-    until(lambda: service.container.show(service.unit, "Result") == "start-limit-hit")
+    until(lambda: service.container.show(service.unit, "ActiveState") == "failed")
     service.drop_in("")
     follow(service.container, "start_again")
     until(lambda: service.events("started"))
