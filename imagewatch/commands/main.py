@@ -58,7 +58,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "schema": ("schema", "List or print the JSON schemas of the daemon's files."),
     "service": ("service", "Install or print the systemd units for this installation."),
     "skill": ("skill", "Print or install instructions for agents (an Agent Skill)."),
-    "status": ("status", "Show what the daemon is doing: prompts, requests, holds, credits."),
+    "status": ("status", "Show what the daemon does: prompts, requests, holds, credits."),
     "submit": ("submit", "Drop prompts into the inbox; with --wait, print their results."),
 }
 """For each command, the module of this package that has it, and its help in one line."""

@@ -291,7 +291,7 @@ def in_a_system(change: str, *arguments: str, command: list[str] | None = None) 
         pytest.skip("new mount namespaces are not permitted here")
     command = command or [sys.executable, "-m", "imagewatch", "service", "install", "--program", PROGRAM, *arguments]
     enter = ["unshare", "--mount", "sh", "-c", IN_A_SYSTEM.format(change=change), "sh", ""]
-    return run_reported([*enter, *command], text=True, env={"PATH": os.environ["PATH"]})
+    return run_reported([*enter, *command], text=True, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(
