@@ -84,8 +84,7 @@ def test_the_service_gets_the_password_as_the_credential_that_the_daemon_reads()
 def test_the_daemons_of_the_compose_file_have_valid_settings_and_names_of_their_own(compose: dict[str, Any]) -> None:
     names = []
     for name, daemon in daemons(compose).items():
-        environ = {**daemon["environment"], "LETTA_BASE_URL": "https://api.letta.com"}
-        config = load(None, environ)
+        config = load(None, daemon["environment"])
         assert (config.folders.root, config.folders.state) == ("/srv/imagewatch", "/var/lib/imagewatch/state")
         assert (config.shared.account, config.shared.durability) == ("main", "single")
         assert "host=postgres " in config.shared.database
