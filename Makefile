@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man reference site lowest lock release url deb
+.PHONY: demo test quick style check bench man reference site lowest lock release url deb image
 
 PYTHON = .venv/bin/python
 
@@ -104,3 +104,15 @@ deb:
 	sh $(DEB)/imagewatch/debian/changelog.sh > $(DEB)/imagewatch/debian/changelog
 	cd $(DEB)/imagewatch && dpkg-checkbuilddeps -I && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
 	mv $(DEB)/imagewatch_*.deb $(DIST)
+
+# dist/: the image for "podman load" and "docker load", built without a registry. The same commit and the same Debian packages give
+# the same image.
+image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+image:
+	mkdir -p dist
+	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' imagewatch/__init__.py) && \
+		.ci/image.sh "localhost/imagewatch:$$version" --build-arg VERSION="$$version" --build-arg REVISION="$$(git rev-parse HEAD)" && \
+		podman tag "localhost/imagewatch:$$version" localhost/imagewatch:latest && \
+		rm -f "dist/imagewatch-$$version-image.tar" && \
+		podman save --quiet --format docker-archive --output "dist/imagewatch-$$version-image.tar" \
+			"localhost/imagewatch:$$version" localhost/imagewatch:latest

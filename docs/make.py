@@ -158,6 +158,7 @@ def examples() -> tuple[dict[str, str], dict[str, Entry]]:
 
 def words(text: str) -> str:
     """A comment as Markdown: what is quoted there is code."""
+    text = re.sub(r"(imagewatch)?\[[a-z.]+\]", lambda found: f"`{found[0]}`", text)
     text = text.replace("docs/howto/notify.md", "[Notifications](../howto/notify.md)")
     quoted = re.sub(r'"([^"]+)"', lambda found: f"`{found[1]}`" if " " in found[1] else f'`"{found[1]}"`', text)
     return re.sub(r"(?<![`\w.])([a-z]+_[a-z_]+)(?![`\w.])", r"`\1`", quoted)
