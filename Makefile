@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man lowest lock release
+.PHONY: demo test quick style check bench man reference site lowest lock release url deb image
 
 PYTHON = .venv/bin/python
 
@@ -30,6 +30,10 @@ bench: .venv/.installed
 man: .venv/.installed
 	$(PYTHON) man/make.py > man/imagewatch.1
 
+# The pages of docs/reference that follow from the code.
+reference: .venv/.installed
+	$(PYTHON) docs/make.py
+
 # The commands, the log and the documents with exactly the lowest versions that pyproject.toml allows.
 lowest: .venv/.installed
 	mkdir -p .build
@@ -40,11 +44,22 @@ lowest: .venv/.installed
 
 HASHED = --require-hashes --only-binary :all:
 TOOLS = .build/tools
+SITE = .build/sphinx
 
 $(TOOLS)/.installed: requirements/release.txt
 	python3 -m venv --without-pip --clear $(TOOLS)
 	python3 -m pip --python $(TOOLS) install -q $(HASHED) -r $<
 	touch $@
+
+$(SITE)/.installed: requirements/docs.txt
+	python3 -m venv --without-pip --clear $(SITE)
+	python3 -m pip --python $(SITE) install -q $(HASHED) -r $<
+	touch $@
+
+# The documentation as a site in .build/site. Each warning is an error, and so is a link without a target.
+site: $(SITE)/.installed
+	rm -rf .build/site
+	$(SITE)/bin/sphinx-build -q -W --keep-going -n -c docs -d .build/doctrees . .build/site
 
 # Renews requirements/: the newest versions that pyproject.toml allows, with the hashes of all their files.
 COMPILE = $(TOOLS)/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
@@ -53,10 +68,18 @@ lock: $(TOOLS)/.installed
 	$(COMPILE) --extra postgres pyproject.toml -o requirements/postgres.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) --group release -o requirements/release.txt
+	$(COMPILE) --fork-strategy fewest --group docs -o requirements/docs.txt
 
-# dist/: source, wheel, bill of materials (CycloneDX) of what a service installs, checksums. The same commit gives the same files.
+# Sets the address of the repository everywhere: make url URL=https://…
+url:
+	python3 .ci/set_url.py '$(URL)'
+
+# dist/: all that is published of a version: source, wheel, Debian package, image, bill of materials (CycloneDX) of what a
+# service installs, checksums. The same commit gives the same files; docs/contributing/release.md says how far.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 release: $(TOOLS)/.installed
+	@for tool in git sha256sum $$(test ! -d debian || echo dpkg-buildpackage dh); do \
+		command -v $$tool > /dev/null || { echo "make release needs $$tool"; exit 1; }; done
 	test -z "$$(git status --porcelain)" || { echo 'commit everything first'; exit 1; }
 	rm -rf dist .build/service
 	$(TOOLS)/bin/python -m build --no-isolation
@@ -66,4 +89,30 @@ release: $(TOOLS)/.installed
 		sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > .build/pyproject.toml && \
 		$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --mc-type application --pyproject .build/pyproject.toml \
 		--output-file "dist/imagewatch-$$version.cdx.json" .build/service/bin/python
+	test ! -d debian || $(MAKE) deb
+	test ! -e Containerfile || $(MAKE) image
 	cd dist && sha256sum * > SHA256SUMS
+
+# dist/imagewatch_VERSION-1~debRELEASE_ARCH.deb, for the release of Debian that this runs on. The same commit gives the same file.
+DEB = .build/deb
+DIST = dist
+deb: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+deb:
+	rm -rf $(DEB)
+	mkdir -p $(DEB)/imagewatch $(DIST)
+	git ls-files -z | xargs -0 cp --parents --no-dereference -t $(DEB)/imagewatch
+	sh $(DEB)/imagewatch/debian/changelog.sh > $(DEB)/imagewatch/debian/changelog
+	cd $(DEB)/imagewatch && dpkg-checkbuilddeps -I && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
+	mv $(DEB)/imagewatch_*.deb $(DIST)
+
+# dist/: the image for "podman load" and "docker load", built without a registry. The same commit and the same Debian packages give
+# the same image.
+image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+image:
+	mkdir -p dist
+	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' imagewatch/__init__.py) && \
+		.ci/image.sh "localhost/imagewatch:$$version" --build-arg VERSION="$$version" --build-arg REVISION="$$(git rev-parse HEAD)" && \
+		podman tag "localhost/imagewatch:$$version" localhost/imagewatch:latest && \
+		rm -f "dist/imagewatch-$$version-image.tar" && \
+		podman save --quiet --format docker-archive --output "dist/imagewatch-$$version-image.tar" \
+			"localhost/imagewatch:$$version" localhost/imagewatch:latest

@@ -3,7 +3,7 @@
     python bench                          # everything, half an hour
     python bench --quick                  # a few minutes; the figures are rough
     python bench --only latency disk      # only some of the measurements; --help lists them
-    python bench --write-docs             # into docs/performance.md
+    python bench --write-docs             # into docs/contributing/performance.md
 
 It starts endpoints of its own on loopback, warms up all contenders, lets them take turns, and repeats. It prints a
 table, writes it to a JSON file, and exits with 1 if a bound is not reached. Linux only.
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--quick", action="store_true", help="few repetitions, small amounts")
     parser.add_argument("--json", type=Path, metavar="FILE", default=Path("bench.json"), help="default: %(default)s")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/performance.md, too")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/contributing/performance.md, too")
     asked = parser.parse_args()
     if asked.quick and asked.write_docs:
         parser.error("rough figures do not belong in the docs: omit --quick or --write-docs")

@@ -1,4 +1,4 @@
-"""The results, as text and in ``docs/performance.md``."""
+"""The results, as text and in ``docs/contributing/performance.md``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from figures import Row
 
-PAGE = Path(__file__).parent.parent / "docs/performance.md"
+PAGE = Path(__file__).parent.parent / "docs/contributing/performance.md"
 _BEGIN, _END = "<!-- {}: written by the bench -->\n", "<!-- end of {} -->\n"
 
 

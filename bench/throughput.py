@@ -120,14 +120,20 @@ def slots(bench: Bench) -> list[Row]:
     return rows
 
 
-def busy_slots(contenders: list[Contender], rounds: int, seconds: float) -> tuple[float, float]:
+def busy_slots(contenders: list[Contender], rounds: int, seconds: float, size: int = SIZE) -> tuple[float, float]:
     """Return the part of all slots' time in which the endpoint was busy, and the most requests at the same time.
 
     It counts while prompts wait: from the start of the first request to the start of the last one. All contenders use
     one endpoint.
+
+    Args:
+        contenders: The programs.
+        rounds: How often all slots are filled.
+        seconds: How long a response takes.
+        size: Bytes of an image.
     """
     endpoint, count = contenders[0].endpoint, sum(one.slots for one in contenders)
-    endpoint.take(seconds, SIZE)
+    endpoint.take(seconds, size)
     turns = rounds * (1 if seconds > 1 else 4)
     dropped = [[one.drop()[0] for _ in range(one.slots * turns)] for one in contenders]
     for one, names in zip(contenders, dropped, strict=True):

@@ -1,3 +1,3 @@
 """imagewatch: a watched folder for paid image generation."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

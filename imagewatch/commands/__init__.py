@@ -52,6 +52,13 @@ The modules, in reading order::
     demo            six prompts on a local endpoint
     sandbox         the local endpoint
     init            a configuration file
+    service         the systemd units of an installation without a checkout
+    service_program which program a unit starts, and whether a service can run it
+    service_files   the files of a service, and whether they were changed by hand
+    service_steps   what to run after they were written
+    schema          the JSON schemas of the daemon's files
+    files           what comes with imagewatch beside its code
+    completion      what a shell needs to complete commands
     common          options, and the configuration that they name
     state           the daemon's state folder as commands see it
     ledger          the ledger, opened for a command

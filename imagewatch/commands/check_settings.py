@@ -24,6 +24,7 @@ from imagewatch.job.claims import HINT
 from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
 from imagewatch.journal.control import accepts_ledger
+from imagewatch.journal.files import path_in
 from imagewatch.journal.opening import member_of, open_journal, problem
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider, layered
@@ -86,6 +87,8 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 def _journal(config: Config) -> Iterator[Line]:
     """Report what keeps the daemon from recording what it sends."""
+    if is_hidden(path_in(config.folders.state)):  # the line of the folder reports it
+        return
     what = "shared database" if config.shared.database else "ledger"
     try:
         error = problem(config)
@@ -169,6 +172,8 @@ def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
             for one in error.problems:
                 hint = f" ({one.hint})" if one.hint else ""
                 yield Line("bad", one.field, printable(f"{one.reason}{hint}"))
+        except SpoolError:
+            pass  # the line of the state folder, or of the journal in it, reports it
 
 
 def _room(config: Config, kinds: Kinds) -> Iterator[Line]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from imagewatch.commands.check_settings import Line
+from imagewatch.config.locate import is_hidden
 from imagewatch.job.common_folder import FolderProbes, require_tried
 from imagewatch.job.two_hosts import FOLDER, TwoHosts
 from imagewatch.protocol.names import CLAIMS
@@ -24,30 +26,29 @@ def shared_lines(config: Config) -> Iterator[Line]:
     """Yield what the file system of the inbox can do, first on this host, then together with another one."""
     disk, inbox = Disk(), config.folders.inbox
     claims = os.path.join(inbox, CLAIMS)
-    kinds = Kinds()
+    folder, kinds, what = os.path.join(claims, FOLDER), Kinds(), "file system"
     kinds.refresh()
+    kind = kinds.of(inbox)
+    if not os.path.lexists(inbox) and not is_hidden(inbox):  # to create it would hide that the mount is missing
+        yield Line("bad", what, printable(f"the inbox does not exist: {inbox} (mount the shared file system)"))
+        return
     try:
-        disk.make_folder(inbox, mode=0o777)
-        kind = kinds.of(inbox)
         require_tried(inbox, kind)
         disk.tops.open(inbox)
         disk.make_folder(claims)
         disk.tops.open(claims)
         FolderProbes(disk, claims).run()
-    except (ConfigError, SpoolError, OSError) as error:
-        yield Line("bad", "file system", _text(error))
-        return
-    yield Line("ok", "file system", f"{kind or 'unknown'}: new files, renames, locks: {printable(inbox)}")
-    folder = os.path.join(claims, FOLDER)
-    disk.make_folder(folder)
-    try:
+        yield Line("ok", what, f"{kind or 'unknown'}: new files, renames, locks: {printable(inbox)}")
+        what = "common inbox"
+        disk.make_folder(folder)
         for result in TwoHosts(disk, folder).run():
             yield Line(*result)
-    except SpoolError as error:
-        yield Line("bad", "common inbox", _text(error))
+    except (ConfigError, SpoolError, OSError) as error:
+        yield Line("bad", what, _text(error))
     finally:  # a folder of daemons is not empty; one of another user would keep them from starting
-        disk.remove_folder(folder)
-        disk.remove_folder(claims)
+        for path in (folder, claims):
+            with contextlib.suppress(SpoolError):
+                disk.remove_folder(path)
 
 
 def _text(error: Exception) -> str:

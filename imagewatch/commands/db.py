@@ -40,7 +40,7 @@ def db() -> None:
 @config_option
 def init(path: str | None) -> None:
     """Create the tables. If they exist, nothing is changed."""
-    place = _place(path)
+    place = _place(load_config(path))
     from imagewatch.journal.postgres.tables import initialize  # noqa: PLC0415  an extra
 
     is_new = initialize(place)
@@ -54,7 +54,7 @@ def upgrade(path: str | None) -> None:
 
     Stop all daemons of the database first.
     """
-    place = _place(path)
+    place = _place(load_config(path))
     from imagewatch.journal.postgres.tables import upgrade as update  # noqa: PLC0415  an extra
 
     before, now = update(place)
@@ -69,7 +69,7 @@ def check(path: str | None, *, as_json: bool) -> None:
 
     The server has to keep what it commits, and the tables have to be those of this version.
     """
-    place = _place(path)
+    place = _place(load_config(path))
     from imagewatch.journal.postgres.tables import check as find  # noqa: PLC0415  an extra
 
     problems = find(place)
@@ -100,7 +100,7 @@ def recover(path: str | None, *, yes: bool) -> None:
     It exits with code 1 without --yes, and if something could not be restored.
     """
     config = load_as_owner(path)
-    _place(path)
+    _place(config)
     with contextlib.closing(open_journal(config, time.time)) as journal:
         rows = LostRows(journal.file)
         _require_stopped(config, rows)
@@ -150,8 +150,7 @@ def _recover(jobs: LostJobs, *, is_done: bool) -> bool:
     return bool(left)
 
 
-def _place(path: str | None) -> Place:
-    config = load_config(path)
+def _place(config: Config) -> Place:
     if not config.shared.database:
         hint = 'name the database there, for example database = "service=imagewatch"'
         raise ConfigError([Problem("shared.database", "is not set", hint)], source=config.source)

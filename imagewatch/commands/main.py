@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "again": ("submit", "Drop a finished prompt once more; it is charged again."),
     "check": ("check", "List what the daemon would do with each file, and every problem."),
+    "completion": ("completion", "Print the completion script of a shell."),
     "db": ("db", "Create, check and restore the tables of a shared database."),
     "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
+    "files": ("files", "List or print the files that come with imagewatch."),
     "gallery": ("gallery", "Write a web page of all images, costs and failures."),
     "history": ("history", "Show completed, refused and unknown jobs and their cost."),
     "hold": ("hold", "Put the queue on hold: this daemon sends nothing more."),
@@ -53,8 +55,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "retry": ("retry", "Put failed prompts back into the inbox."),
     "run": ("run", "Run the daemon: watch the inbox until stopped."),
     "sandbox": ("sandbox", "Run a local test endpoint that charges nothing."),
+    "schema": ("schema", "List or print the JSON schemas of the daemon's files."),
+    "service": ("service", "Install or print the systemd units for this installation."),
     "skill": ("skill", "Print or install instructions for agents (an Agent Skill)."),
-    "status": ("status", "Show what the daemon is doing: prompts, requests, holds, credits."),
+    "status": ("status", "Show what the daemon does: prompts, requests, holds, credits."),
     "submit": ("submit", "Drop prompts into the inbox; with --wait, print their results."),
 }
 """For each command, the module of this package that has it, and its help in one line."""

@@ -12,7 +12,6 @@ import click
 from imagewatch.commands.common import config_option, json_option
 from imagewatch.commands.foreground import naming_source
 from imagewatch.commands.state import load_as_owner
-from imagewatch.config.shared import require_psycopg
 from imagewatch.job.spool import Spool
 from imagewatch.journal import moving
 from imagewatch.journal.opening import open_journal
@@ -44,9 +43,6 @@ def migrate(path: str | None, target: str, *, as_json: bool) -> None:
     account: it takes along its jobs, the account's finished requests and its holds. Requests that the
     other daemons send later do not count for it. Remove [shared] from the configuration before you start it again.
     """
-    with contextlib.suppress(ConfigError):  # before this process becomes the daemon's user
-        require_psycopg()
-        from imagewatch.journal.postgres import copying  # noqa: F401, PLC0415  an extra
     config = load_as_owner(path)
     if not config.shared.database:
         hint = 'name the database there, for example database = "service=imagewatch"'

@@ -13,11 +13,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands.common import load_config
+from imagewatch.config.shared import require_psycopg
 from imagewatch.daemon import status
 from imagewatch.journal import opening
 from imagewatch.journal.control import Control
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import ConfigError, SpoolError
 from imagewatch.system.locks import locked
 from imagewatch.system.text import local, printable
 
@@ -40,6 +41,10 @@ def load_as_owner(path: str | None) -> Config:
     the program's own code may be readable for root only.
     """
     config = load_config(path)
+    if config.shared.database:
+        with contextlib.suppress(ConfigError):  # what uses the database reports it
+            require_psycopg()
+            from imagewatch.journal.postgres import copying, database, place  # noqa: F401, PLC0415  an extra
     state = config.folders.state
     try:
         owner = os.stat(state)

@@ -44,7 +44,7 @@ _MOST_FOLDERS = 10
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C")
 @config_option
 def status(path: str | None, *, as_json: bool, prometheus: bool, for_all: bool, watch: bool) -> None:
-    """Show what the daemon is doing: prompts, requests, holds, credits.
+    """Show what the daemon does: prompts, requests, holds, credits.
 
     Also works while the daemon is not running. Exits with code 69 while the queue is on hold.
 

@@ -1,14 +1,12 @@
-"""The text of a new configuration: ``config.example.toml``, which the package contains."""
+"""The text of a new configuration: ``config.example.toml``, which comes with the package."""
 
 from __future__ import annotations
 
-import importlib.resources
 import json
-import os
 from typing import Final
 
-from imagewatch.config.load import read_text
-from imagewatch.system.errors import ConfigError, Problem
+from imagewatch.system.bundled import read
+from imagewatch.system.errors import ConfigError, Problem, SpoolError
 
 _EXAMPLE: Final = "config.example.toml"
 _EXAMPLE_ROOT: Final = "/srv/imagewatch"
@@ -36,10 +34,8 @@ def example() -> str:
     Raises:
         ConfigError: If the installation lost the file.
     """
-    packaged = importlib.resources.files("imagewatch").joinpath(_EXAMPLE)
-    if packaged.is_file():
-        return packaged.read_text(encoding="utf-8")
-    text, problem = read_text(os.path.join(os.path.dirname(str(importlib.resources.files("imagewatch"))), _EXAMPLE))
-    if problem is not None:
-        raise ConfigError([Problem(_EXAMPLE, "is missing from the installation", "install imagewatch again")])
-    return text
+    try:
+        return read(_EXAMPLE)
+    except SpoolError:
+        problem = Problem(_EXAMPLE, "is missing from the installation", "install imagewatch again")
+        raise ConfigError([problem]) from None

@@ -34,6 +34,8 @@ _MAX_ECHO: Final = 200
 _MIN_ECHO_SECRET: Final = 8
 _ALONE: Final = "write the key alone, on one line"
 _STEP_SECONDS: Final = 0.05
+_SECRETS: Final = "/run/secrets"
+"""Where Docker and Podman put secrets; the image names it as the folder of credentials."""
 _NO_KEY: Final = (
     "set api_key_file or api_key_command below [endpoint], the systemd credential letta_api_key "
     "(LoadCredential=letta_api_key:/path), or the environment variable LETTA_API_KEY; "
@@ -112,7 +114,7 @@ def read_key(endpoint: Endpoint, environ: Mapping[str, str], *, command_timeout:
     """
     source = _source(endpoint, environ, command_timeout)
     if source is None:
-        raise ConfigError([Problem("endpoint", "no API key is set", _NO_KEY)])
+        raise ConfigError([Problem("endpoint", "no API key is set", _no_key(environ))])
     value = source.read().strip()
     if not value:
         raise _failure(source.field, "the key is empty", _ALONE)
@@ -143,7 +145,7 @@ def key_step(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
         environ: The environment.
     """
     source = _source(endpoint, environ, 0)
-    return source.step if source else _NO_KEY
+    return source.step if source else _no_key(environ)
 
 
 def key_problem(endpoint: Endpoint, environ: Mapping[str, str]) -> Problem | None:
@@ -194,6 +196,13 @@ def key_file_problem(path: str) -> str:
     return f"other users can read {path} (mode {mode:04o}); run: chmod 600 {path}"
 
 
+def _no_key(environ: Mapping[str, str]) -> str:
+    """Return where to put the key."""
+    if environ.get("CREDENTIALS_DIRECTORY") == _SECRETS:
+        return f"mount a file with the key at {_SECRETS}/{_CREDENTIAL}, then start a new container"
+    return _NO_KEY
+
+
 def _failure(field: str, reason: str, hint: str) -> ConfigError:
     return ConfigError([Problem(field, reason, hint)])
 
@@ -217,7 +226,11 @@ def _source(endpoint: Endpoint, environ: Mapping[str, str], timeout: float) -> _
     if folder and os.path.lexists(credential):
         field = f"credential {_CREDENTIAL}"
         step = f"replace the file of the systemd credential {_CREDENTIAL}, then restart the service"
-        return _Source(field, f"systemd {field}", step, lambda: _read(credential, field), credential)
+        label = f"systemd {field}"
+        if folder == _SECRETS:
+            step = f"replace the key in the file that is mounted at {credential}, then restart the container"
+            label = credential
+        return _Source(field, label, step, lambda: _read(credential, field), credential)
     if value := environ.get(_VARIABLE):
         field = f"environment variable {_VARIABLE}"
         step = f"set {_VARIABLE} to a valid key and restart the daemon"

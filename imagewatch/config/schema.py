@@ -18,6 +18,10 @@ _Timeout = Annotated[float, Meta(gt=0, le=86_400)]
 _Amount = Annotated[float, Meta(ge=0)]
 _Bytes = Annotated[int, Meta(ge=0)]
 _Text = Annotated[str, Meta(min_length=1)]
+# A title is the type as docs/make.py names it.
+_Path = Annotated[str, Meta(min_length=1, title="path")]
+_Mode = Annotated[int, Meta(title="octal mode, as text")]
+_Command = Annotated[tuple[str, ...], Meta(title="list of text: a program and its arguments")]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,13 +61,13 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
         notice: Where the status files for users are; loaded, it is empty if there are none.
     """
 
-    root: _Text = ""
-    inbox: _Text = ""
-    outbox: _Text = ""
-    errors: _Text = ""
-    archive: _Text = ""
-    state: _Text = ""
-    notice: _Text = ""
+    root: _Path = ""
+    inbox: _Path = ""
+    outbox: _Path = ""
+    errors: _Path = ""
+    archive: _Path = ""
+    state: _Path = ""
+    notice: _Path = ""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,13 +86,13 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     base_url: str = "https://api.letta.com"
-    api_key_file: _Text | None = None
-    api_key_command: tuple[str, ...] = ()
+    api_key_file: _Path | None = None
+    api_key_command: _Command = ()
     connect_timeout_seconds: _Timeout = 10.0
     timeout_seconds: _Timeout = 600.0
     deadline_seconds: _Timeout = 900.0
     max_response_bytes: Annotated[int, Meta(ge=1)] = 400_000_000
-    ca_file: _Text | None = None
+    ca_file: _Path | None = None
     allow_private_downloads: bool = False
 
 
@@ -121,8 +125,8 @@ class Outbox(msgspec.Struct, frozen=True, kw_only=True):
         group: Name of the group that owns both; ``None`` leaves it to the system.
     """
 
-    file_mode: int | None = None
-    folder_mode: int | None = None
+    file_mode: _Mode | None = None
+    folder_mode: _Mode | None = None
     group: _Text | None = None
 
 
@@ -183,9 +187,9 @@ class Notify(msgspec.Struct, frozen=True, kw_only=True):
         secret_file: Absolute path of a file with the secret that signs what is posted.
     """
 
-    command: tuple[str, ...] = ()
+    command: _Command = ()
     url: _Text | None = None
-    secret_file: _Text | None = None
+    secret_file: _Path | None = None
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
@@ -284,6 +288,11 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
 """All but those in ``NAMED``."""
 NAMED: Final[dict[str, type[msgspec.Struct]]] = {"presets": Options, "budgets": FolderBudget}
 """Sections such as ``[presets.NAME]``, of which there are any number, by the name before the dot."""
+RESTART: Final = ("folders", "outbox", "shared")
+"""Sections that are read at the start only: folders and the journal are proved before anything is paid for. A reload
+applies all others."""
+SINCE: Final[dict[str, str]] = {}
+"""For each key that version 0.1 does not have, such as ``limits.burst``, the version that has it first."""
 DELETE: Final = "delete"
 """In the place of the archive: originals are removed."""
 OFF: Final = "off"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imagewatch.config.schema import RESTART
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
@@ -45,8 +46,6 @@ _DATABASE_SECONDS, _DATABASE_PAUSE = 60.0, 3.0
 """How long a service that starts waits for a shared database that cannot be reached, and between two tries, seconds."""
 _NOTIFY_SECONDS = 10.0
 """How long notifications that are due are delivered at the end, seconds; the others wait for the next start."""
-_FIXED = ("folders", "outbox", "shared")
-"""Sections that are read at start only: folders and the journal are proved before anything is paid for."""
 _log = structlog.get_logger()
 
 
@@ -367,7 +366,7 @@ class Daemon:
         before = self._parts.config
         try:
             config = self._reload()
-            if fixed := [name for name in _FIXED if getattr(config, name) != getattr(before, name)]:
+            if fixed := [name for name in RESTART if getattr(config, name) != getattr(before, name)]:
                 _log.error("reload_failed", reason=f"a change of [{fixed[0]}] needs a restart")
                 return
             self._parts.configure(config)

@@ -29,6 +29,8 @@ _REST_SECONDS = 1.0
 _AHEAD = 2
 """So many jobs are offered for each request that the daemons may send at the same time."""
 _MOST_TAKEN_OVER = 10
+_TIDY_SECONDS = 10.0
+"""How long a daemon that ends waits for the claim folder that is being tidied up, seconds."""
 _log = structlog.get_logger()
 
 
@@ -48,6 +50,7 @@ class Team:
         self._read_at = self._took_at = self._tidied_at = self._counted_at = -math.inf
         self._leads = False
         self._tidying: threading.Thread | None = None
+        self._is_ending = threading.Event()
         self._offers: dict[str, Claim] = {}
         self._may_be_more = True
         # Set in the main thread, and read in the one of ``tick``.
@@ -62,7 +65,9 @@ class Team:
         """
         if not self.is_on:
             return
-        is_able = self._can_scan and self._parts.now() - self._passed_at < self._common.lease_seconds
+        # A daemon that ends only waits for its workers: its main thread asks for nothing.
+        is_timely = self._is_draining or self._parts.now() - self._passed_at < self._common.lease_seconds
+        is_able = self._can_scan and is_timely
         with contextlib.suppress(SpoolError):
             if is_able:  # else others may take over what it has
                 self._common.renew()
@@ -119,7 +124,7 @@ class Team:
 
     def _tidy(self) -> None:
         with contextlib.suppress(SpoolError):
-            self._parts.worker.tidy()
+            self._parts.worker.tidy(self._is_ending.is_set)
 
     def _count_slots(self) -> None:
         """Read how many requests the daemons send at the same time, if that is due."""
@@ -217,6 +222,8 @@ class Team:
         parts, handover = self._parts, self._parts.spool.handover
         holder, _, state = self._common.where(job) or ("", 0, "done")
         is_own = False
+        if state == "kept" and job in parts.jobs:
+            return False  # its worker is about to end: the next time
         if state == "kept":
             is_running, is_removed = self._common.member(holder)
             is_mine = holder == self._common.instance
@@ -226,7 +233,6 @@ class Team:
                 reason = f"only {printable(holder)} had it, which was removed from the account"
                 _log.warning("response_missing", job=job, reason=reason)
             elif is_own := self._common.reopen_kept(job):
-                handover.fence(job)
                 reopened = Job(job, parts.spool.key(job))
                 _log.info("response_reread", **reopened.names)
                 parts.jobs.defer(reopened, 0.0)
@@ -241,14 +247,13 @@ class Team:
         Raises:
             SpoolError: The database, or the folder of claimed files, cannot be used.
         """
-        if not self.is_on or not self._parts.is_recovered:
+        if not self.is_on or not self._parts.is_recovered or not self._can_scan:
             return
-        for taken in self._common.take_over(_MOST_TAKEN_OVER):
+        for taken in self._common.take_over(_MOST_TAKEN_OVER, self._parts.jobs.at_work):
             key = (taken.claim.folder, taken.claim.stem) if taken.claim else None
             job = Job(taken.job, key)
             _log.warning("taken_over", **job.names, reason="its daemon has ended, or did not report within the lease")
-            if taken.job not in self._parts.jobs.at_work:  # else its worker finds out that this daemon has it again
-                self._parts.jobs.defer(job, 0.0)
+            self._parts.jobs.defer(job, 0.0)
 
     def next_due(self) -> float:
         """Return the monotonic time at which there is something to ask; infinite without a common inbox."""
@@ -259,6 +264,9 @@ class Team:
 
     def end(self) -> None:
         """Let other daemons become the leader and continue the jobs of this one."""
+        self._is_ending.set()
+        if self._tidying is not None:  # no longer than this: its folder may hang
+            self._tidying.join(_TIDY_SECONDS)
         if self.is_on:
             with contextlib.suppress(SpoolError):
                 self._common.resign()

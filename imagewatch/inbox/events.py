@@ -2,8 +2,8 @@
 
 It uses watchdog's inotify reader itself and not its ``Observer``: the observer pairs the two halves of a rename and
 for that holds every event back for up to half a second once files are moved out of a watched folder, which a
-daemon that claims by rename does all the time (``docs/decisions.md``). The reader's callback also reports when the
-kernel's queue overflowed, which no observer does.
+daemon that claims by rename does all the time (``docs/contributing/decisions.md``). The reader's callback also reports
+when the kernel's queue overflowed, which no observer does.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.claimed import MARK, looks_like_claims, mark_in
+from imagewatch.job.common_folder import PROBE
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
@@ -184,8 +185,10 @@ class Claims:
     def _new_mark(self, folder: Descriptor) -> str:
         """Mark a folder; return its mark, which another daemon of a common inbox may have set just before."""
         mark, path = secrets.token_hex(16), os.path.join(self.path, MARK)
+        self._disk.unlink(f"{path}.tmp")  # of an earlier version that was killed
         with contextlib.suppress(FileExistsError):
-            self._disk.publish(path, f"{path}.{mark}", mark.encode(), lambda _: None)
+            # Under the name of a test file, which a start removes if this process is killed.
+            self._disk.publish(path, os.path.join(self.path, PROBE + mark), mark.encode(), lambda _: None)
         return mark_in(folder) or mark
 
     def _remembered(self) -> tuple[int, str]:
@@ -216,7 +219,7 @@ class Claims:
         Raises:
             SpoolError: No file can be created.
         """
-        path = os.path.join(self._inbox, f".iw-probe.{secrets.token_hex(8)}")
+        path = os.path.join(self._inbox, PROBE + secrets.token_hex(8))
         try:
             with self._disk.create(path, 0o600) as file:
                 status = os.fstat(file.fileno())

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from imagewatch.system.disk import Disk
 
 PROBE = ".iw-probe."
+"""Beginning of the name of a test file; a start removes those of processes that were killed."""
 PROBE_INNER = "file"
 """Name of a test file in a folder for tests."""
 NEXT_STEP = (

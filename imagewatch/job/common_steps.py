@@ -36,6 +36,7 @@ _GRACE_SECONDS = 60.0
 _POLL_SECONDS = 2.0
 """How often a daemon checks whether another one has handed over a response, or has finished a job."""
 _RECOVER = "stop all daemons of the account, then run: imagewatch db recover"
+_REMOVE = "check that no file in it is needed, then remove the folder"
 _log = structlog.get_logger()
 
 
@@ -72,17 +73,13 @@ class CommonSteps:
     # Who has it
 
     def is_held(self, job: str) -> bool:
-        """Return whether this daemon has a job, or the journal does not know it.
+        """Return whether this daemon has a job, with the epoch that it knows, or the journal does not know the job.
 
         Raises:
             SpoolError: The journal cannot be used.
         """
-        if not self.is_on:
-            return True
-        found = self._common.where(job)
-        if found is not None and found[0] == self._common.instance and found[1] and not self._common.epoch(job):
-            self._common.set_epoch(job, found[1])  # that it was taken was not known for certain
-        return found is None or found[0] == self._common.instance
+        found = self._common.where(job) if self.is_on else None
+        return found is None or found[:2] == (self._common.instance, self._common.epoch(job))
 
     def has_lost(self, job: str) -> bool:
         """Return whether another daemon has a job; False also while that cannot be found out."""
@@ -149,6 +146,16 @@ class CommonSteps:
             with contextlib.suppress(SpoolError):  # else the others wait for the deadline
                 self._common.answer_is_here(record.job, attempt)
 
+    def is_missing(self, record: Record) -> bool:
+        """Return whether the journal lacks a job of which there is a response here, and its result.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        if not self.is_on or not (responses := record.responses()) or self._journal.is_over(record.job):
+            return False
+        return bool(self._common.open_attempts(record.job, responses))
+
     def wait_for(self, job: str, attempt: int) -> float:
         """Return for how many seconds another daemon may still report the result of an attempt; 0: not any more.
 
@@ -178,16 +185,37 @@ class CommonSteps:
         return self.hand_over(job.id)
 
     def _report_fate(self, job: str, record: Record) -> None:
-        """Record what only this process knows of a request of a job that another daemon has."""
+        """Record what only this process knows of a request of a job that another daemon has.
+
+        What cannot be recorded is kept, as this daemon may have the job again: what came of a whole request.
+        """
         fate = self._sending.known(job)
-        if fate is not None and fate.left is Left.NOTHING:
+        if fate is None or (fate.left is Left.WHOLE and not fate.is_saved):
+            return
+        if fate.left is Left.NOTHING:
             self._journal.unsent(job, fate.attempt, fate.row.nonce)  # also if it is not certain that it was written
             if self._common.unsent(job, fate.attempt, fate.row.nonce):
                 _log.info("late_result", job=job)
             self._spool.disk.unlink(record.path(f"answer.{fate.attempt}.part"))
-        elif fate is not None and fate.left is Left.PART and not fate.is_saved:
+        elif fate.left is Left.PART and not fate.is_saved:
             self._sending.prove(record, fate)
         self._sending.forget(job)
+
+    def _is_early(self, job: str) -> bool:
+        """Return whether another daemon ends a job whose request this one has not sent, and has not ended it yet.
+
+        It may declare an unknown charge, which can be withdrawn only when that is over.
+        """
+        fate = self._sending.known(job)
+        if fate is None or fate.left is not Left.NOTHING or (found := self._common.where(job)) is None:
+            return False
+        return found[0] != self._common.instance and found[2] in {"decided", "published"}
+
+    def _forget(self, job: str) -> Outcome:
+        """Forget a job with which this process has nothing more to do."""
+        self._common.forget(job)
+        self._sending.forget(job)
+        return Outcome(job, End.NOTHING)
 
     def report_unknown(self, job: str, why: str, step: str = _RECOVER) -> None:
         """Log once that only a person can continue a job; its files stay."""
@@ -195,17 +223,22 @@ class CommonSteps:
             self._orphans.add(job)
             _log.error("stuck", job=job, reason=why, next=step)
 
-    def tidy(self) -> None:
+    def tidy(self, is_ending: Callable[[], bool] = lambda: False) -> None:
         """Find claim folders that no job has: of daemons that were killed, or of jobs that the database has lost.
 
         What was claimed after its job was over goes back into the inbox. A job that the database has lost is written
         down again if it was sent, and is taken over then.
+
+        Args:
+            is_ending: Whether to stop before the next folder.
 
         Raises:
             SpoolError: The disk failed.
         """
         self._published = None
         for name, epoch in self._handover.claimed().items():
+            if is_ending():
+                return
             if not self._common.epoch(name.partition(".")[0]):
                 with contextlib.suppress(SpoolError):  # the next time
                     self._tidy(name, epoch)
@@ -225,15 +258,20 @@ class CommonSteps:
             return
         if name in self._orphans:
             return
-        claims = [(witness, witness.claim) for witness in self._handover.witnesses(job, name) if witness.claim]
-        if not claims or job in self._ended():
+        witnesses = self._handover.witnesses(job, name)
+        claims = [(witness, witness.claim) for witness in witnesses if witness.claim]
+        path = printable(os.path.join(self._spool.claims, name))
+        if witnesses and not self._common.open_attempts(job, [witness.attempt for witness in witnesses]):
+            # The job was over for so long that the database has only its results.
             self._orphans.add(name)
-            path = printable(os.path.join(self._spool.claims, name))
+            _log.error("stuck", job=job, reason=f"{path} is left of a job that is over", next=_REMOVE)
+        elif not claims or job in self._ended():
+            self._orphans.add(name)
             why = f"{path} is the claim folder of a job that is not in the shared database"
             _log.error("stuck", job=job, reason=why, next=_RECOVER)
-            return
-        for witness, claim in claims:
-            self._restore(witness, claim, epoch)
+        else:
+            for witness, claim in claims:
+                self._restore(witness, claim, epoch)
 
     def hand_over(self, job: str) -> Outcome:
         """Let another daemon have the responses of its job, and remove them here when it is over.
@@ -241,16 +279,18 @@ class CommonSteps:
         Raises:
             SpoolError: The journal or the disk cannot be used.
         """
-        record = self._spool.record(job)
+        record, waits = self._spool.record(job), Outcome(job, End.DEFERRED, delay=_POLL_SECONDS, needs_nothing=True)
+        if self._is_early(job):
+            return waits
         self._report_fate(job, record)
         found = self._common.where(job)
         holder, epoch, state = found or ("", 0, "")
         if holder == self._common.instance and state != "done":  # its lease had ended, and this daemon has it again
-            self._common.set_epoch(job, epoch)
+            self._common.set_epoch(job, epoch, is_held=False)
+            self._common.renew()
             return Outcome(job, End.DEFERRED, needs_nothing=True)
-        if found is None or not record.names():
-            self._common.forget(job)
-            return Outcome(job, End.NOTHING)
+        if found is None or not (record.names() or self._sending.known(job)):
+            return self._forget(job)
         if state == "done" and (attempts := record.responses()) and self._common.reopen(job, attempts):
             _log.info("late_result", job=job)
             return Outcome(job, End.DEFERRED, needs_nothing=True)
@@ -263,11 +303,10 @@ class CommonSteps:
                 path = printable(record.path(f"answer.{unrecorded[0]}"))
                 step = "check the balance (imagewatch check --balance); to end this, move the response away: "
                 self.report_unknown(job, why, step + path)
-            self._common.forget(job)
-            return Outcome(job, End.NOTHING)
+            return self._forget(job)
         if holder and record.responses():
             self._common.set_epoch(job, epoch, is_held=False)
             with contextlib.suppress(SpoolError):  # it may be taken over once more, or end, in this moment
                 self._handover.share(record)
                 self._common.answer_is_there(job)
-        return Outcome(job, End.DEFERRED, delay=_POLL_SECONDS, needs_nothing=True)
+        return waits

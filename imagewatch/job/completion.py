@@ -11,6 +11,7 @@ import structlog
 
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.receipts import compose, with_files
+from imagewatch.job.result_files import result_file
 from imagewatch.job.rows import row_of
 from imagewatch.job.running import NO_ATTEMPT
 from imagewatch.journal.budget import CAPS
@@ -225,6 +226,9 @@ class Completion:
         there = [(k, picture) for k, picture in enumerate(pictures, 1) if picture.source]
         endings = [f"-{k}{picture.ending}" if numbered else picture.ending for k, picture in there]
         base = self._spool.delivery.base(claim, "outbox", [*endings, RECEIPT])
+        if base != claim.stem and (earlier := self._published(claim)) is not None:
+            job.record.decide(self._with_originals(job, earlier), row)
+            return
         named = [(base + ending, picture) for ending, (_, picture) in zip(endings, there, strict=True)]
         text, facts = compose(
             claim,
@@ -236,14 +240,26 @@ class Completion:
             images=[picture.table(name) for name, picture in named],
         )
         moves = tuple(Move(source=f"state/{picture.source}", name=name) for name, picture in named)
-        claimed = self._spool.originals.present(claim)
-        keep = self._spool.delivery.free_originals(claim, "archive", claimed) if self._spool.archive else ()
-        name = base + RECEIPT
-        result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
         if any(picture.source.startswith(DECODED_AFTERWARDS) for _, picture in there):
             job.record.sync_names()
         self._share(job)
-        job.record.decide(Decision(destination="outbox", moves=moves, keep=keep, **result), row)
+        decision = Decision(destination="outbox", moves=moves, name=base + RECEIPT, result_file=text, facts=facts)
+        job.record.decide(self._with_originals(job, decision), row)
+
+    def _with_originals(self, job: RunningJob, decision: Decision) -> Decision:
+        """Return a decision for the outbox with what becomes of the originals."""
+        claimed = self._spool.originals.present(job.claim)
+        keep = self._spool.delivery.free_originals(job.claim, "archive", claimed) if self._spool.archive else ()
+        return msgspec.structs.replace(decision, keep=keep, mtime_ns=job.mtime_ns)
+
+    def _published(self, claim: Claim) -> Decision | None:
+        """Return how another daemon has published a job, if a shared database has lost that; None if none has."""
+        folder = self._spool.delivery.destination_folder("outbox", claim)
+        for base in self._spool.delivery.bases(claim) if self._spool.handover.is_on else ():
+            found = result_file(self._spool, os.path.join(folder, base + RECEIPT), "outbox")
+            if found is not None and found.claim.job == claim.job:
+                return found.decision
+        return None
 
     def _keep_raw(
         self, job: RunningJob, attempt: Attempt, row: Row, top: Mapping[str, object], reading: Reading

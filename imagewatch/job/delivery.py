@@ -113,13 +113,17 @@ class Delivery:
         Returns:
             The stem, or the stem with as much of the job's id as it takes to be free.
         """
-        folder = self.destination_folder(destination, claim)
-        plain = [claim.stem] if fits(claim.stem + RECEIPT) else []
-        by_id = [fitted(claim.stem, f".{tag}{RECEIPT}")[: -len(RECEIPT)] for tag in (claim.tag, claim.job)]
-        for base in (*plain, *by_id):
+        folder, bases = self.destination_folder(destination, claim), self.bases(claim)
+        for base in bases:
             if not any(self._folders.tops.exists(os.path.join(folder, base + ending)) for ending in endings):
                 return base
-        return by_id[-1]
+        return bases[-1]
+
+    @staticmethod
+    def bases(claim: Claim) -> list[str]:
+        """Return what the names that a job publishes may begin with, the best one first."""
+        plain = [claim.stem] if fits(claim.stem + RECEIPT) else []
+        return plain + [fitted(claim.stem, f".{tag}{RECEIPT}")[: -len(RECEIPT)] for tag in (claim.tag, claim.job)]
 
     def free_originals(
         self, claim: Claim, destination: str, present: list[str], base: str | None = None

@@ -14,7 +14,7 @@ from imagewatch.config.locate import others_above
 from imagewatch.config.values import overlaps
 from imagewatch.inbox.claimed import JOB
 from imagewatch.job.claims import Claims, NotOursError
-from imagewatch.job.common_folder import PROBE_INNER, FolderProbes, Whose, claim_inbox, require_tried
+from imagewatch.job.common_folder import PROBE, PROBE_INNER, FolderProbes, Whose, claim_inbox, require_tried
 from imagewatch.job.record import Record
 from imagewatch.protocol.names import ANSWERS
 from imagewatch.system.disk_errors import closing, disk_errors
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
-_PROBE = ".iw-probe"
 _LOCK = "lock"
 _SAME_USER = "run all daemons of a common inbox as the same user: the same number (uid) on all hosts"
 _OLD_SECONDS = 3600.0
@@ -321,14 +320,14 @@ class JobFolders:
 
     def _probe_name(self) -> str:
         """Return a name for a short-lived file that no other user can predict."""
-        return f"{_PROBE}.{self.new_job()}"
+        return PROBE + self.new_job()
 
     def _remove_probes(self) -> None:
         """Remove the test files of a process that was killed; in a common inbox another daemon may be testing now."""
         newest = self.journal.clock() - _OLD_SECONDS if self.journal.common.is_on else math.inf
         for folder in (*self._all(), *([self.claims] if self._claims.is_open() else [])):
             with disk_errors(folder, "list the folder"):
-                names = [name for name in self.tops.names(folder) if name.startswith(_PROBE)]
+                names = [name for name in self.tops.names(folder) if name.startswith(PROBE)]
             for name in names:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(OSError, SpoolError):

@@ -20,10 +20,11 @@ import contextlib
 import errno
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from imagewatch.inbox.claimed import JOB
 from imagewatch.journal.common import lost
 from imagewatch.protocol.names import CLAIM_NOTE, SUFFIX
 from imagewatch.protocol.values import Claim, Sent, load
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
 
 _SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
 _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
-_RESPONSE = re.compile(r"answer\.[1-9][0-9]{0,8}")
+_RESPONSE = re.compile(r"answer\.([1-9][0-9]{0,8})")
 _OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
-_FOLDER = re.compile(r"[0-9a-f]{16}(?:\.[1-9][0-9]{0,17})?")
+_FOLDER = re.compile(rf"({JOB.pattern})(?:\.([1-9][0-9]{{0,17}}))?")
+NOT_KNOWN: Final = Sent(prompt="", prompt_sha256="", fields={}, inputs=(), contents={}, endpoint="", at=0.0)
+"""What was sent, if nothing of it is known."""
 _REMOVED = re.compile(r"\.nfs[0-9a-f]{16,}")
 """A file that was removed while a client of NFS had it open."""
 _MOST_TRIES = 20
@@ -93,7 +96,7 @@ class Handover:
         if self._fenced.get(job) == epoch:
             return
         self._folders.ensure_claims()
-        for name in sorted(self._older(job), key=_epoch, reverse=True):
+        for name in self._older(job):
             self._disk.make_folder(target)
             self._empty(os.path.join(self._folders.claims, name), target)
         self._disk.sync_folder(self._folders.claims)
@@ -136,9 +139,13 @@ class Handover:
             self._disk.unlink(source)
 
     def _older(self, job: str) -> list[str]:
-        """Return the claim folders of a job with earlier epochs. A later one is not touched: another daemon has it."""
+        """Return the claim folders of a job with earlier epochs, the newest first.
+
+        A later one is not touched: another daemon has it.
+        """
         own = self._common.epoch(job)
-        return [name for name, epoch in self.claimed().items() if name.partition(".")[0] == job and epoch < own]
+        older = {name: epoch for name, epoch in self.claimed().items() if name.partition(".")[0] == job and epoch < own}
+        return sorted(older, key=older.__getitem__, reverse=True)
 
     def claimed(self) -> dict[str, int]:
         """Return the names of all claim folders, and the epoch of each.
@@ -148,7 +155,7 @@ class Handover:
         """
         with disk_errors(self._folders.claims, "list the folder"):
             names = self._folders.tops.names(self._folders.claims, folders=True)
-        return {name: _epoch(name) for name in names if _FOLDER.fullmatch(name)}
+        return {name: found[1] for name in names if (found := job_and_epoch(name)) is not None}
 
     def holds(self, job: str) -> bool:
         """Return whether there is anything in the claim folder of a job."""
@@ -167,18 +174,22 @@ class Handover:
         path = os.path.join(self._folders.claims, name)
         with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
             names = self._names_in(path)
-            if any(_OURS.fullmatch(one) for one in names):
+            if any(is_ours(one) for one in names):
                 return  # it may have been sent
-            target = os.path.join(self._folders.inbox, folder)
-            self._folders.require_mounts()
-            self._disk.make_inner(self._folders.inbox, folder)
-            self._drop_notes(path)
-            for one in sorted(names, key=lambda one: one.endswith(SUFFIX)):
-                with contextlib.suppress(FileNotFoundError, FileExistsError):  # a newer file has the name
-                    self._disk.rename(os.path.join(path, one), os.path.join(target, one))
             if names:
-                self._disk.sync_folder(target)
+                self._return_late(path, names, folder)
+            self._drop_notes(path)
             self._disk.remove_folder(path)
+
+    def _return_late(self, path: str, names: list[str], folder: str) -> None:
+        """Put files of a claim folder back into the inbox, the prompt last."""
+        target = os.path.join(self._folders.inbox, folder)
+        self._folders.require_mounts()
+        self._disk.make_inner(self._folders.inbox, folder)
+        for one in sorted(names, key=lambda one: one.endswith(SUFFIX)):
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # a newer file has the name
+                self._disk.rename(os.path.join(path, one), os.path.join(target, one))
+        self._disk.sync_folder(target)
 
     def _rename(self, source: str, target: str) -> None:
         """Rename; if that fails, check the target: on a network it may have happened nevertheless."""
@@ -201,7 +212,7 @@ class Handover:
         """
         folders = [name for name in self.claimed() if name.partition(".")[0] == job]
         paths = [os.path.join(self._folders.claims, folder) for folder in folders]
-        return any(_RESPONSE.fullmatch(name) for path in paths for name in self._names_in(path))
+        return any(response_number(name) for path in paths for name in self._names_in(path))
 
     def clear(self, job: str, *, keep: bool = False) -> None:
         """Remove what daemons have left for each other: the job is over.
@@ -215,7 +226,7 @@ class Handover:
         for name in self._names(job):
             if keep and name.startswith("answer."):
                 continue
-            if _OURS.fullmatch(name):
+            if is_ours(name):
                 self._disk.unlink(os.path.join(self._folders.claim_folder(job), name))
 
     def _names(self, job: str) -> list[str]:
@@ -284,8 +295,7 @@ class Handover:
                 try:
                     found.append(msgspec.json.decode(raw, type=Witness))
                 except (ValueError, msgspec.DecodeError):  # cut off by the end of its host: it may have been sent
-                    nothing = Sent(prompt="", prompt_sha256="", fields={}, inputs=(), contents={}, endpoint="", at=0.0)
-                    found.append(Witness(attempt=int(number[1]), nonce="", instance="", sent=nothing))
+                    found.append(Witness(attempt=int(number[1]), nonce="", instance="", sent=NOT_KNOWN))
         return sorted(found, key=lambda witness: witness.attempt)
 
     # Responses
@@ -299,7 +309,7 @@ class Handover:
         folder = self._folders.claim_folder(record.job)
         names = [name for name in record.names() if _ANSWER.fullmatch(name)]
         # The response last: where it is, its images are.
-        for name in sorted(names, key=lambda name: bool(_RESPONSE.fullmatch(name))):
+        for name in sorted(names, key=response_number):
             if not self._has(os.path.join(folder, name), record.path(name)):
                 self._copy(record.path(name), os.path.join(folder, name))
         self._disk.sync_folder(folder)
@@ -312,7 +322,7 @@ class Handover:
         """
         folder, known = self._folders.claim_folder(record.job), set(record.names())
         names = [name for name in self._names(record.job) if _ANSWER.fullmatch(name) and name not in known]
-        for name in sorted(names, key=lambda name: bool(_RESPONSE.fullmatch(name))):
+        for name in sorted(names, key=response_number):
             self._copy(os.path.join(folder, name), record.path(name))
         if names:
             self._disk.sync_folder(self._folders.answers)
@@ -334,6 +344,18 @@ class Handover:
             return False
 
 
-def _epoch(name: str) -> int:
-    number = name.partition(".")[2]
-    return int(number) if number.isdigit() else 0
+def job_and_epoch(folder: str) -> tuple[str, int] | None:
+    """Return the job of a claim folder and its epoch, 0 without, by the folder's name; None if it is none."""
+    match = _FOLDER.fullmatch(folder)
+    return (match[1], int(match[2] or 0)) if match else None
+
+
+def response_number(name: str) -> int:
+    """Return the number of the attempt whose response is in a file of a claim folder; 0: it is another file."""
+    match = _RESPONSE.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a file of a claim folder of a common inbox is from a daemon, and no original."""
+    return bool(_OURS.fullmatch(name))

@@ -15,7 +15,6 @@ a claim folder of an inbox of its own              it may have been sent: an unk
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,13 @@ import msgspec
 from msgspec.structs import replace
 
 from imagewatch.inbox.claimed import JOB
+from imagewatch.job.handover import NOT_KNOWN, is_ours, job_and_epoch, response_number
+from imagewatch.job.record import attempt_of
 from imagewatch.job.result_files import result_files
 from imagewatch.job.rows import restored_row
 from imagewatch.journal.lost_rows import Known, Lost, LostRows
 from imagewatch.protocol.names import SUFFIX
-from imagewatch.protocol.values import Claim, Sent
+from imagewatch.protocol.values import Claim
 from imagewatch.system.disk_errors import disk_errors
 
 if TYPE_CHECKING:
@@ -38,12 +39,7 @@ if TYPE_CHECKING:
     from imagewatch.job.spool import Spool
     from imagewatch.journal.row import JobState, Row
 
-_FOLDER = re.compile(rf"({JOB.pattern})(?:\.([1-9][0-9]{{0,17}}))?")
-_ANSWER = re.compile(rf"({JOB.pattern})\.answer\.([1-9][0-9]{{0,8}})(?:\.part)?")
-_HANDED = re.compile(r"answer\.([1-9][0-9]{0,8})")
-_LEFT = re.compile(r"sent\.[0-9]+|(?:answer|image|fetched)\.[a-z0-9.]+|raw")
 _UNFINISHED = {"", "open", "returning", "reopened"}
-_NOTHING = Sent(prompt="", prompt_sha256="", fields={}, inputs=(), contents={}, endpoint="", at=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +111,15 @@ class LostJobs:
                 mine.result = result
         with disk_errors(self._spool.claims, "list the folder"):
             folders = self._spool.tops.names(self._spool.claims, folders=True) if self._spool.has_claims() else []
-        for match in filter(None, map(_FOLDER.fullmatch, folders)):
-            mine = seen.setdefault(match[1], _Seen())
-            mine.epoch = max(mine.epoch, int(match[2] or 0))
+        for job, epoch in filter(None, map(job_and_epoch, folders)):
+            mine = seen.setdefault(job, _Seen())
+            mine.epoch = max(mine.epoch, epoch)
         with disk_errors(self._spool.answers, "list the folder"):
-            for match in filter(None, map(_ANSWER.fullmatch, self._spool.tops.names(self._spool.answers))):
-                if self._has_content(match[0]):  # else it was opened, and perhaps nothing was sent
-                    seen.setdefault(match[1], _Seen()).responses.add(int(match[2]))
+            for name in self._spool.tops.names(self._spool.answers):
+                job, _, rest = name.partition(".")
+                # Without content it was opened, and perhaps nothing was sent.
+                if JOB.fullmatch(job) and (number := attempt_of(rest)) and self._has_content(name):
+                    seen.setdefault(job, _Seen()).responses.add(number)
         return seen
 
     def _has_content(self, name: str) -> bool:
@@ -160,7 +158,7 @@ class LostJobs:
 
     def _completed(self, claim: Claim, row: Row, number: int) -> Row:
         """Return the row of a result with what its claim folder has besides."""
-        sent = next((one.sent for one in self._witnesses(claim.job) if one.attempt == number), _NOTHING)
+        sent = next((one.sent for one in self._witnesses(claim.job) if one.attempt == number), NOT_KNOWN)
         contents = msgspec.json.encode(sent.contents).decode() if sent.contents else ""
         return replace(row, attempt=number, source_size=claim.size, source_mtime_ns=claim.mtime_ns, contents=contents)
 
@@ -185,6 +183,8 @@ class LostJobs:
             return None  # its files are of no use
         witnesses = self._witnesses(job)
         proven = {one.attempt for one in witnesses} | seen.responses | self._handed_over(job)
+        if known.is_over(proven):
+            return None
         if not (known.state or known.outcomes or proven or not self._common.is_on):
             return self._returned(claim)
         if not self._common.is_on and not known.outcomes:
@@ -220,7 +220,7 @@ class LostJobs:
         found, by_number = [], {one.attempt: one for one in witnesses}
         for number in sorted(one for one in proven if one > known.highest):
             one = by_number.get(number)
-            sent = one.sent if one else _NOTHING
+            sent = one.sent if one else NOT_KNOWN
             row = restored_row(claim, number, one.nonce if one else "", sent, claim.at)
             if number < max(proven):
                 row = replace(row, outcome="busy", charged="no", request="")
@@ -247,14 +247,15 @@ class LostJobs:
         return replace(known, stem=stem, images=images, at=at)
 
     def _originals(self, job: str) -> list[str]:
-        return sorted(name for name in self._spool.originals.claimed(job) if not _LEFT.fullmatch(name))
+        names = self._spool.originals.claimed(job)
+        return sorted(name for name in names if not (self._common.is_on and is_ours(name)))
 
     def _witnesses(self, job: str) -> list[Witness]:
         return self._spool.handover.witnesses(job) if self._common.epoch(job) else []
 
     def _handed_over(self, job: str) -> set[int]:
-        names = self._spool.originals.claimed(job)
-        return {int(match[1]) for match in map(_HANDED.fullmatch, names) if match} if self._common.is_on else set()
+        names = self._spool.originals.claimed(job) if self._common.is_on else set()
+        return {number for number in map(response_number, names) if number}
 
     # Doing it
 

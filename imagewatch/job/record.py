@@ -41,6 +41,16 @@ _LINE_BYTES = 64 * 1024
 _RESPONSE = re.compile(r"answer\.([1-9][0-9]{0,8})(?:\.part)?")
 
 
+def attempt_of(name: str) -> int:
+    """Return the number of the attempt whose response, or its beginning, has this name; 0: it is another file.
+
+    Args:
+        name: Of a file of a job, without the id.
+    """
+    match = _RESPONSE.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
 class Record:
     """What is recorded of one job. One worker at a time uses it.
 
@@ -228,10 +238,10 @@ class Record:
         """Return the numbers of the attempts of which there is a response here, or the beginning of one."""
         found = []
         for name in self.names():
-            if (number := _RESPONSE.fullmatch(name)) is not None:
+            if number := attempt_of(name):
                 with disk_errors(self.path(name), "check the file"):
                     if self._disk.tops.lstat(self.path(name)).st_size:
-                        found.append(int(number[1]))
+                        found.append(number)
         return found
 
     def has_answer(self, attempt: int) -> bool:

@@ -16,7 +16,7 @@ import msgspec
 from imagewatch.inbox.claimed import JOB
 from imagewatch.job.receipts import facts_of, unvouched
 from imagewatch.journal.row import Row
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import ERROR, RECEIPT, SUFFIX
 from imagewatch.protocol.values import Claim, Decision, Destination, Move
 from imagewatch.system.untrusted import open_file
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from imagewatch.job.folders import JobFolders
 
-_ENDINGS: dict[str, Destination] = {".receipt.toml": "outbox", ".error.toml": "errors"}
+_ENDINGS: dict[str, Destination] = {RECEIPT: "outbox", ERROR: "errors"}
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -90,7 +90,7 @@ def result_files(folders: JobFolders) -> Iterator[ResultFile]:
         top = folders.outbox if destination == "outbox" else folders.errors
         for path, names in _walk(folders, top):
             for name in names:
-                if name.endswith(ending) and (found := _read(folders, os.path.join(path, name), destination)):
+                if name.endswith(ending) and (found := result_file(folders, os.path.join(path, name), destination)):
                     yield found
 
 
@@ -106,7 +106,14 @@ def _walk(folders: JobFolders, path: str) -> Iterator[tuple[str, list[str]]]:
             yield from _walk(folders, below)
 
 
-def _read(folders: JobFolders, path: str, destination: Destination) -> ResultFile | None:
+def result_file(folders: JobFolders, path: str, destination: Destination) -> ResultFile | None:
+    """Return what a result file proves; None if it is missing, or is not one of the daemon's user.
+
+    Args:
+        folders: All folders, opened.
+        path: Of the file.
+        destination: What its folder is.
+    """
     with contextlib.suppress(OSError, ValueError, RecursionError, msgspec.ValidationError):
         with open_file(path, folders.tops, most_bytes=_MOST_BYTES) as file:
             if os.fstat(file.fileno()).st_uid != os.geteuid():
@@ -125,7 +132,7 @@ def _read(folders: JobFolders, path: str, destination: Destination) -> ResultFil
 
 def _moves(folders: JobFolders, path: str, found: _File) -> tuple[Move, ...]:
     """Return what was moved into the errors folder together with an error file."""
-    base = path.removesuffix(".error.toml")
+    base = path.removesuffix(ERROR)
     raw = [f"{base}.answer.{ending}" for ending in ("json", "bin")]
     there = [Move(source="state/raw", name=os.path.basename(one)) for one in raw if folders.tops.exists(one)]
     return (*(Move(source=f"claim/{one.dropped_as}", name=one.file) for one in found.originals), *there)

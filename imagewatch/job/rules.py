@@ -2,7 +2,8 @@
 
 The rules are tried from the top; the first rule that is true gives the step. What the process and the configuration add
 (attempts left, what was checked) is in ``State``, too. After a crash the same rows and files lead to the same step.
-Each step can be run twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the two equal.
+Each step can be run twice without harm. ``docs/contributing/architecture.md`` shows this table; a test keeps the two
+equal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The code that moves the files of jobs. Nothing else knows which folder is which; it reads no responses.
 
-Its order of operations is the protocol (``docs/ARCHITECTURE.md``). Each public method can be run again after a crash
-and then finishes what was begun.
+Its order of operations is the protocol (``docs/contributing/architecture.md``). Each public method can be run again
+after a crash and then finishes what was begun.
 """
 
 from __future__ import annotations

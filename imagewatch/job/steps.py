@@ -129,7 +129,7 @@ class Steps:
                 f"files in {folder} and move them back into the inbox",
             )
         record = self._spool.record(job_id)
-        if self.common.is_on and record.responses() and not self._journal.is_over(job_id):
+        if self.common.is_missing(record):
             self.common.report_unknown(job_id, "the job of a saved response is not in the shared database")
             return Outcome(job_id, End.DEFERRED, delay=_UNKNOWN_SECONDS, needs_nothing=True)
         self._spool.forget(record)

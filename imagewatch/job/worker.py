@@ -151,13 +151,13 @@ class Worker:
         job = RunningJob(record, claim, is_resumed=is_resumed, may_send=may_send, earlier=earlier, began=self._clock())
         return self._carry(job)
 
-    def tidy(self) -> None:
-        """Find claim folders that no job of a common inbox has.
+    def tidy(self, is_ending: Callable[[], bool] = lambda: False) -> None:
+        """Find claim folders that no job of a common inbox has; see ``CommonSteps.tidy``.
 
         Raises:
             SpoolError: The disk failed.
         """
-        self._steps.common.tidy()
+        self._steps.common.tidy(is_ending)
 
     def _carry(self, job: RunningJob) -> Outcome:
         names = structlog.contextvars.bound_contextvars(job=job.id, source=job.claim.source)
@@ -202,6 +202,9 @@ class Worker:
         fate = self._sending.known(job.id)
         if not job.is_foreseen:
             job.shown = self._spool.job_state(job.claim, job.record)
+            if fate and (row := job.record.attempt(fate.attempt)) and row.nonce != fate.row.nonce:
+                self._sending.forget(job.id)  # another process has sent the attempt of this number
+                fate = None
             if fate and not job.shown.decided and fate.is_missing(job.shown.sent):
                 job.record.restore(fate.claim, fate.row)
                 job.shown = self._spool.job_state(job.claim, job.record)

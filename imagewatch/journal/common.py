@@ -54,13 +54,14 @@ _TAKE_OVER = f"""
     UPDATE jobs SET holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ANY(ARRAY(
         SELECT id FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
-        AND NOT (holder = {_ME} AND id = ANY(?)) ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
+        AND NOT (holder = {_ME} AND id = ANY(?)) AND NOT id = ANY(?)
+        ORDER BY opened_at, id LIMIT ? FOR UPDATE SKIP LOCKED
     )) RETURNING id, claim, epoch, opened_at"""  # noqa: S608
 _ANY = "SELECT 1 FROM inbox_jobs WHERE holder = '' AND state = 'open' LIMIT 1"
 _ANY_OLD = f"""
     SELECT 1 FROM inbox_jobs WHERE holder <> '' AND lease_ends_at < {_NOW} AND state NOT IN ('done', 'kept')
     LIMIT 1"""  # noqa: S608
-_RENEW = f"UPDATE own_jobs SET lease_ends_at = {_NOW} + ? WHERE state <> 'done' AND id = ANY(?) RETURNING id"  # noqa: S608
+_RENEW = f"UPDATE own_jobs SET lease_ends_at = {_NOW} + ? WHERE state <> 'done' AND id = ANY(?) RETURNING id, epoch"  # noqa: S608
 _LET_GO = "UPDATE own_jobs SET lease_ends_at = 0 WHERE state <> 'done'"
 _HELD = f"SELECT holder = {_ME} AND epoch = ? AS is_held FROM jobs WHERE id = ?"  # noqa: S608
 _WHERE = "SELECT holder, epoch, state FROM jobs WHERE id = ?"
@@ -255,13 +256,17 @@ class Common:
         """
         return self._taken(_TAKE, _ANY, (self.lease_seconds, most))
 
-    def take_over(self, most: int) -> list[Taken]:
+    def take_over(self, most: int, at_work: Collection[str] = ()) -> list[Taken]:
         """Take jobs of daemons that do not show any more that they run, and own ones that this process does not have.
+
+        Args:
+            most: So many at most.
+            at_work: Jobs that a worker of this process has: their epoch must not change meanwhile.
 
         Raises:
             SpoolError: The database cannot be used.
         """
-        return self._taken(_TAKE_OVER, _ANY_OLD, (self.lease_seconds, list(self._epochs), most))
+        return self._taken(_TAKE_OVER, _ANY_OLD, (self.lease_seconds, list(self._epochs), list(at_work), most))
 
     def _taken(self, statement: str, question: str, values: tuple[object, ...]) -> list[Taken]:
         began = self._now()
@@ -282,7 +287,8 @@ class Common:
         """
         with self._file.using() as connection:
             found = {row["id"]: row["epoch"] for row in connection.execute(_EPOCHS).fetchall()}
-        self._epochs |= found
+        for job, epoch in found.items():
+            self._epochs.setdefault(job, epoch)  # a worker may have it, with the epoch that it knows
         held = self.renew()
         return {job: epoch for job, epoch in found.items() if job in held}
 
@@ -308,6 +314,8 @@ class Common:
     def renew(self) -> Collection[str]:
         """Prolong the lease of every job that this process has; return them.
 
+        One that was taken once more, without this process knowing that for certain, does not count as held here.
+
         Raises:
             SpoolError: The database cannot be used.
         """
@@ -315,10 +323,10 @@ class Common:
         if not values[1]:
             return ()
         rows = self._file.change(lambda one: one.execute(_RENEW, values).fetchall(), synced=False)
-        held = {row["id"] for row in rows}
-        for job in held & self._epochs.keys():
-            self._renewed[job] = began
-        return held
+        for row in rows:
+            if self._epochs.get(row["id"]) == row["epoch"]:
+                self._renewed[row["id"]] = began
+        return {row["id"] for row in rows}
 
     def let_go(self) -> None:
         """Let other daemons take over what this one has, as it ends.
@@ -444,7 +452,7 @@ class Common:
             reopened: Row | None = one.execute(_REOPEN, (self.lease_seconds, job, [])).fetchone()
             return reopened
 
-        return self._reopened(job, self._file.change(act))
+        return self._taken_again(job, act)
 
     def reopen_kept(self, job: str) -> bool:
         """Take a job that was kept, so that its response is read again; return whether no other daemon has done it.
@@ -453,10 +461,7 @@ class Common:
             SpoolError: The database cannot be used.
         """
         values = self.lease_seconds, job
-        row = self._file.change(lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
-        if row is not None:
-            self.set_epoch(job, row["epoch"])
-        return row is not None
+        return self._taken_again(job, lambda one: one.execute(_REOPEN_KEPT, values).fetchone())
 
     def member(self, instance: str) -> tuple[bool, bool]:
         """Return whether a daemon runs, and whether it was removed from the account.
@@ -479,11 +484,13 @@ class Common:
             SpoolError: The database cannot be used.
         """
         values = self.lease_seconds, job, attempts
-        return self._reopened(job, self._file.change(lambda one: one.execute(_REOPEN, values).fetchone()))
+        return self._taken_again(job, lambda one: one.execute(_REOPEN, values).fetchone())
 
-    def _reopened(self, job: str, row: Row | None) -> bool:
+    def _taken_again(self, job: str, act: Callable[[Connection], Row | None]) -> bool:
+        """Take a job; return whether that could be done. Its lease has begun before the commit."""
+        began, row = self._now(), self._file.change(act)
         if row is not None:
-            self.set_epoch(job, row["epoch"])
+            self._epochs[job], self._renewed[job] = row["epoch"], began
         return row is not None
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def adopt(
     connection: Connection,
+    inbox_jobs: str,
     budget: Budget,
     claim: Claim,
     state: str,
@@ -34,6 +35,7 @@ def adopt(
 
     Args:
         connection: In a transaction.
+        inbox_jobs: The table or view with the jobs of this inbox; see ``Database``.
         budget: What is reserved for a request without a result.
         claim: What was claimed.
         state: Where the job is.
@@ -43,7 +45,7 @@ def adopt(
     if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone():
         return
     names = os.fsencode(claim.folder), os.fsencode(claim.stem)
-    taken = "SELECT 1 FROM jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+    taken = f"SELECT 1 FROM {inbox_jobs} WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"  # noqa: S608
     if state == "open" and connection.execute(taken, names).fetchone():
         state = "returning"
     connection.execute(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _OVER_SECONDS = 7 * 86_400.0
 """How long a job is known after it is over, seconds: files of it may turn up again after a power cut."""
+_UNKNOWN_SECONDS = 365 * 86_400.0
+"""The same for one in a common inbox whose charge is unknown, and for one of another daemon: that may come back."""
 _ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
 _SET_STATE = "UPDATE jobs SET state = ? WHERE id = ?"
 _KEEP = "UPDATE jobs SET state = 'kept' WHERE id = ?"
@@ -31,10 +33,6 @@ _END = "UPDATE jobs SET state = 'done', reserved = 0, is_stuck = 0, ended_at = ?
 _FINISH = (
     "UPDATE jobs SET state = 'done', claim = '', decision = '', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
 )
-
-
-_UNKNOWN_SECONDS = 365 * 86_400.0
-"""The same for one in a common inbox whose charge is unknown: the daemon that sent it may come back."""
 
 
 class JobRows(abc.ABC):
@@ -94,8 +92,9 @@ class JobRows(abc.ABC):
         return [row["id"] for row in self.ledger.ask(question)]
 
     def forget_old(self) -> None:
-        """Forget jobs that are over for long."""
-        old = "DELETE FROM jobs WHERE state = 'done' AND ended_at < ? AND (decision = '' OR ended_at < ?)"
+        """Forget jobs that are over for long: those of this daemon, and much later also those of others."""
+        own = f"decision = '' AND {self._file.is_ours}"
+        old = f"DELETE FROM jobs WHERE state = 'done' AND ended_at < ? AND ({own} OR ended_at < ?)"  # noqa: S608
         values = self._clock() - _OVER_SECONDS, self._clock() - _UNKNOWN_SECONDS
         self._file.change(lambda one: one.execute(old, values), synced=False)
 

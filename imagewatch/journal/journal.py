@@ -184,8 +184,16 @@ class Journal(JobRows):
             self._insert(connection, claim, reserved=reserved)
 
     def _insert(
-        self, connection: Connection, claim: Claim, *, reserved: float = 0.0, state: str = "open", decision: str = ""
+        self,
+        connection: Connection,
+        claim: Claim,
+        *,
+        reserved: float = 0.0,
+        state: str = "open",
+        decision: str = "",
+        epoch: int = 0,
     ) -> None:
+        """Insert the row of a job; without an epoch, its claim folder has the one that this process knows."""
         names = os.fsencode(claim.folder), os.fsencode(claim.stem)
         taken = connection.execute(_TAKEN.format(self._file.inbox_jobs), names).fetchone()
         if taken is not None:
@@ -197,6 +205,8 @@ class Journal(JobRows):
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (claim.job, *names, dump(claim).decode(), state, decision, reserved, claim.at),
         )
+        if self.common.is_on and (epoch := epoch or self.common.epoch(claim.job)):
+            connection.execute(_SET_EPOCH, (epoch, claim.job))
 
     def unspent(self, job: str) -> Claim | None:
         """Return what this process has claimed for a job of which it has sent nothing yet, or None.
@@ -216,9 +226,7 @@ class Journal(JobRows):
 
         def act(connection: Connection) -> None:
             if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone() is None:
-                self._insert(connection, claim)
-                if self.common.is_on:
-                    connection.execute(_SET_EPOCH, (epoch or self.common.epoch(claim.job), claim.job))
+                self._insert(connection, claim, epoch=epoch)
             question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
             if connection.execute(question, (row.job, row.attempt)).fetchone() is None:
                 self._write(connection, row)
@@ -227,7 +235,8 @@ class Journal(JobRows):
 
     def adopt(self, claim: Claim, state: str, decision: Decision | None, sent: Mapping[int, Sent]) -> None:
         """Write the rows of a job of an earlier version; see ``earlier.adopt``."""
-        self._file.change(lambda connection: adopt(connection, self.budget(connection), claim, state, decision, sent))
+        jobs = self._file.inbox_jobs
+        self._file.change(lambda one: adopt(one, jobs, self.budget(one), claim, state, decision, sent))
 
     def close_lost(self, known: Collection[str]) -> int:
         """Close the attempts of jobs of an earlier version that left nothing else; see ``earlier.close_lost``."""
@@ -300,8 +309,7 @@ class Journal(JobRows):
         # What is dated later than now was sent before the clock was set back; its true time is unknown.
         connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
 
-    @staticmethod
-    def _is_spent(connection: Connection, row: Row) -> bool:
+    def _is_spent(self, connection: Connection, row: Row) -> bool:
         """Return whether this very call has inserted the row already: the file may have been replaced meanwhile."""
         question = "SELECT nonce, outcome FROM attempts WHERE job = ? AND attempt = ?"
         found = connection.execute(question, (row.job, row.attempt)).fetchone()
@@ -309,6 +317,8 @@ class Journal(JobRows):
             return False
         if found["nonce"] == row.nonce and found["outcome"] == "sent":
             return True
+        if self.common.is_on:  # what this process knows of the job is out of date
+            raise lost(row.job)
         raise _spent(row, f"it has the result {found['outcome']}")
 
     def _require_free(self, connection: Connection, row: Row) -> None:
@@ -402,8 +412,6 @@ class Journal(JobRows):
         row = replace(row, **received, **asked, counted_at=row.sent_at)
         if not connection.execute(_UPSERT, storable(astuple(row))).rowcount:
             raise _spent(row, "another process has sent it")
-
-    # The end of a job
 
 
 _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"

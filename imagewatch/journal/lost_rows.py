@@ -22,7 +22,7 @@ from imagewatch.protocol.values import dump
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from imagewatch.journal.database import Connection, Database
     from imagewatch.journal.row import JobState, Row
@@ -86,6 +86,15 @@ class Known:
     def open_attempt(self) -> int:
         """Number of its attempt without a result; 0 without."""
         return max((number for number, outcome in self.outcomes.items() if outcome == "sent"), default=0)
+
+    def is_over(self, attempts: Iterable[int]) -> bool:
+        """Return whether each of some attempts has a known result, and the job was over for so long that it is deleted.
+
+        Args:
+            attempts: Those that the folders show.
+        """
+        ended = {number for number, outcome in self.outcomes.items() if outcome not in {"sent", "unknown"}}
+        return not self.state and bool(ended) and ended.issuperset([*self.outcomes, *attempts])
 
     @property
     def result(self) -> str:
@@ -164,7 +173,9 @@ class LostRows:
         return int(row["recorded"]) if row else 0
 
     def write(self, lost: Lost) -> str:
-        """Write what is lost of one job; return why it cannot be written now, or an empty string.
+        """Write what is lost of one job; return why its row cannot be written now, or an empty string.
+
+        Its attempts are written in any case.
 
         Raises:
             SpoolError: The database cannot be used.
@@ -172,24 +183,22 @@ class LostRows:
         return self._file.change(lambda connection: self._write(connection, lost), locked=True)
 
     def _write(self, connection: Connection, lost: Lost) -> str:
-        claim, state = lost.claim, lost.state
-        if lost.has_row and state in {"open", "published"}:
-            names = os.fsencode(claim.folder), os.fsencode(claim.stem)
-            taken = connection.execute(_TAKEN, names).fetchone()
-            if taken is not None and taken["id"] != claim.job:
-                return f"a newer job of this name is not over ({taken['id']}); run the command again when it is"
         for row, instance in lost.rows:
             connection.execute(_INSERT, (*storable(astuple(_counted(row))), instance or self._instance(connection)))
         if (one := lost.result) is not None:
             found = (one.outcome, one.charged, one.credits, one.provider, one.model, one.got, one.status, one.code)
             found += (one.message, one.answered_at, one.transaction_id, one.new_credit_balance)  # type: ignore[assignment]
             connection.execute(_RESULT, storable((*found, one.job, one.attempt)))
-        if lost.has_row:
-            self._write_job(connection, lost)
-        return ""
+        return self._write_job(connection, lost) if lost.has_row else ""
 
-    def _write_job(self, connection: Connection, lost: Lost) -> None:
+    def _write_job(self, connection: Connection, lost: Lost) -> str:
+        """Write the row of a job, unless a newer one has its name. Its attempts are there: what was paid counts."""
         claim, state = lost.claim, lost.state
+        if state in {"open", "published"}:
+            names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+            taken = connection.execute(_TAKEN, names).fetchone()
+            if taken is not None and taken["id"] != claim.job:
+                return f"a newer job of this name is not over ({taken['id']}); run the command again when it is"
         decision = dump(lost.decision).decode() if lost.decision else ""
         is_over, holder = state == "done", self._holder(connection)
         values = claim.job, os.fsencode(claim.folder), os.fsencode(claim.stem), "" if is_over else dump(claim).decode()
@@ -199,6 +208,7 @@ class LostRows:
             if state != "open":
                 connection.execute(_STATE, (state, decision, values[3], claim.job))
             connection.execute(_FREE_LEASE, (holder, lost.epoch, claim.job))
+        return ""
 
     def _holder(self, connection: Connection) -> str:
         return HOLDER if self._file.is_common else self._instance(connection)

@@ -114,6 +114,8 @@ def to_sqlite(config: Config, disk: Disk, environ: Mapping[str, str]) -> Copied 
         if not member.moving and not is_there:
             why = f"the shared database has no daemon with the name {member.instance} and this state folder: {state}"
             raise SpoolError(why, hint="check shared.database; or restore the database from its backup")
+        if not member.moving:
+            copying.require_no_other_inbox(session)
         write_member(state, msgspec.structs.replace(member, moving=SQLITE), disk)
         if is_there:
             with copying.locked(session):

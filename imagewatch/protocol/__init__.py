@@ -1,4 +1,4 @@
-"""The folder protocol of ``docs/protocol.md`` in code: names, prompts, images, requests, and the values of a job.
+"""The folder protocol (``docs/reference/``) in code: names, prompts, images, requests, and the values of a job.
 
 It promises that a request is complete and valid before any money is spent, and that everything wrong with dropped files
 is reported together. Most modules are pure; ``request`` opens files, with the opener that it is given.

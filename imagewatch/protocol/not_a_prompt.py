@@ -1,7 +1,7 @@
 """Text that is clearly not what should be sent: options that are not read as such, and files of other kinds. Pure.
 
 Each rule needs more than one sign, since a prompt may be about anything: one that mentions HTML, begins with a rule of
-dashes or quotes a merge marker is sent. ``docs/protocol.md`` has the rules for senders.
+dashes or quotes a merge marker is sent. ``docs/reference/folder-protocol.md`` has the rules for senders.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Why a prompt fails or waits: one table with every response of the API and every reason of our own. Pure.
 
 ``KINDS`` answers "what happens on a 402?": whether the request may have been charged, what happens to the prompt and to
-the other prompts, and the next step for the sender and the administrator. ``RESPONSES`` is the table *Money* of the
-README; a test compares the two. ``LIMITS`` are our own reasons not to send a request.
+the other prompts, and the next step for the sender and the administrator. ``RESPONSES`` is the table of
+``docs/explanation/money.md``; a test compares the two. ``LIMITS`` are our own reasons not to send a request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DISK_SECONDS = 5.0
 
 
 class Reaction(enum.Enum):
-    """What happens to the prompt; the values are the README's words."""
+    """What happens to the prompt; the values are the words of the documentation."""
 
     SUCCESS = "images and receipt in `outbox/`"
     REFUSED = "`errors/`"
@@ -38,7 +38,7 @@ class Reaction(enum.Enum):
 
 
 class Others(enum.Enum):
-    """What happens to the other prompts; the values are the README's words."""
+    """What happens to the other prompts; the values are the words of the documentation."""
 
     CONTINUE = "continue"
     FITTING = "continue if they fit below the cap"
@@ -55,7 +55,7 @@ class Kind:
 
     Attributes:
         name: In the log, in ``status.json`` and in metrics.
-        cause: What happened, in the words of the README.
+        cause: What happened, in the words of the documentation.
         charged: Whether the request may have been charged.
         reaction: What happens to the prompt.
         others: What happens to the other prompts. If they do not just ``CONTINUE``, a hold begins. It has the name of

@@ -23,4 +23,5 @@ The modules, in reading order::
     memory        gives free memory back to the system
     masking       removes the API key from everything that is saved or shown
     log           one line for each event
+    bundled       the files that come with imagewatch beside its code
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from support.pages import page
 
 from imagewatch.commands.main import COMMANDS, load_command
 
@@ -79,12 +80,24 @@ def test_the_shell_completes_options_and_their_values(complete):
 @pytest.mark.parametrize("shell", sorted(COMPLETE))
 def test_the_documented_lines_for_shells_work(shell):
     line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"
-    assert line in (ROOT / "docs/using.md").read_text()
+    assert line in page("howto/submit")
     if shell == "bash" and shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     done = subprocess.run(["sh", "-c", line], env=ENVIRON, capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "imagewatch" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", sorted(COMPLETE))
+def test_the_printed_script_is_that_of_click(shell):
+    """After a change of click: write its script into ``completions/`` again, with the line that says so."""
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"
+    printed = subprocess.run([PROGRAM, "completion", shell], env=ENVIRON, capture_output=True, text=True, check=True)
+    done = subprocess.run(["sh", "-c", line], env=ENVIRON, capture_output=True, text=True, check=True)
+    assert printed.stdout.replace(f"# Written by click: {line}\n", "").strip() == done.stdout.strip()
 
 
 def test_the_manual_page_matches_the_commands():
@@ -93,7 +106,7 @@ def test_the_manual_page_matches_the_commands():
     assert done.stdout == PAGE.read_text()
     commands = {name: load_command(name) for name in COMMANDS}
     groups = {name: one for name, one in commands.items() if isinstance(one, click.Group)}
-    assert set(groups) == {"db", "hosts"}
+    assert set(groups) == {"db", "hosts", "service"}
     commands |= {f"{name} {inner}": one.commands[inner] for name, one in groups.items() for inner in one.commands}
     for name, one in commands.items():
         start = rf'^\.SS "imagewatch {name} \[OPTIONS\]'

@@ -303,7 +303,7 @@ class Jumping(selectors.DefaultSelector):
     now = 1000.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "it would wait forever"
+        assert timeout is not None, "it would wait without end"
         self.now += max(timeout, 0.0)
         return super().select(0)
 

@@ -144,7 +144,7 @@ def test_a_prompt_that_waited_for_days_and_was_claimed_just_now_is_not_missing(w
         watched.status()
     watched.claim()
     watched.seconds = 10 * 86_400
-    if status == "earlier":  # the clocks go on: it was written before the claim
+    if status == "earlier":  # time has passed: it was written before the claim
         folder = watched.inbox.stat()
         os.utime(watched.inbox, (folder.st_atime, time.time() + watched.seconds))
         watched.status()

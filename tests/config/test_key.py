@@ -275,3 +275,18 @@ def test_a_child_that_keeps_the_outputs_open_is_not_waited_for():
     begin = time.monotonic()
     assert read_key(python(code), {}).reveal() == "key-of-parent"
     assert time.monotonic() - begin < 15
+
+
+# --- in a container
+
+
+def test_in_a_container_the_next_step_names_the_file_to_mount(monkeypatch):
+    environ = {"CREDENTIALS_DIRECTORY": "/run/secrets"}
+    assert "mount a file with the key at /run/secrets/letta_api_key" in refused(Endpoint(), environ)
+    assert key_step(Endpoint(), environ) == (
+        "mount a file with the key at /run/secrets/letta_api_key, then start a new container"
+    )
+    assert "LoadCredential" in key_step(Endpoint(), {"CREDENTIALS_DIRECTORY": "/run/credentials/imagewatch.service"})
+    monkeypatch.setattr("os.path.lexists", lambda path: path == "/run/secrets/letta_api_key")
+    assert key_source(Endpoint(), environ) == "/run/secrets/letta_api_key"
+    assert "mounted at /run/secrets/letta_api_key" in key_step(Endpoint(), environ)

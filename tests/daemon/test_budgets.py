@@ -186,7 +186,7 @@ def test_a_folder_with_a_rate_waits_in_the_inbox_for_its_next_minute_and_others_
     until(lambda: done(folders, "bob") == 4)
     assert sandbox.report()["requests"] == 6
     set_clock(offset, 61)
-    command(folders, "release")  # wakes the daemon, whose own clock goes on
+    command(folders, "release")  # wakes the daemon, whose own clock continues
     until(lambda: done(folders, "anna") == 4)
     until(lambda: (waiting(folders, "anna"), folders.leftovers()) == (3, []))
     set_clock(offset, -4000)  # what was sent before counts as sent now

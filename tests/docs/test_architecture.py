@@ -1,4 +1,4 @@
-"""``docs/ARCHITECTURE.md`` matches the code: packages, imports, files, the path of a prompt, the state table."""
+"""``docs/contributing/architecture.md`` matches the code: packages, imports, files, the path of a prompt, the rules."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+from support.pages import page
 
 from imagewatch.commands.main import COMMANDS
 from imagewatch.job.rules import RULES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "imagewatch"
-PAGE = (ROOT / "docs/ARCHITECTURE.md").read_text()
+PAGE = page("contributing/architecture")
 PACKAGES = re.findall(r"^\| `(\w+)/` \| ?(.*?) ?\| .+ \|$", PAGE, re.MULTILINE)
 """Each package with its imports, the highest first."""
 DISK = {"system/disk_calls", "system/kernel"}

@@ -1,4 +1,4 @@
-"""``docs/log-events.md`` lists the log events that the code writes, with their fields and levels."""
+"""``docs/reference/log-events.md`` lists the log events that the code writes, with their fields and levels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pages import page
 
 from imagewatch.job.receipts import _IDS
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/log-events.md").read_text()
+PAGE = page("reference/log-events")
 ROWS = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| ?(.*?) ?\| .+ \|$", PAGE, re.MULTILINE)
 LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
 OF_EACH_JOB = {"job", "source"}

@@ -6,19 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+from support.pages import page
 
 from imagewatch.inbox.candidate import Wait
 from imagewatch.protocol.reasons import HOLDS, KINDS, LIMITS, RESPONSES, Kind, Others, Reaction
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-MONEY = README.partition("### Money\n")[2].partition("\n#")[0]
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
-ON_HOLD = OPERATIONS.partition("### When the queue is on hold\n")[2].partition("\n#")[0]
+MONEY = page("explanation/money").partition("## When a prompt is charged\n")[2].partition("\n#")[0]
+ON_HOLD = page("reference/holds")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MONEY.splitlines() if line.startswith("| ")]
 
 
-def test_the_readme_has_the_rows_of_the_code_in_the_same_order():
+def test_the_page_on_money_has_the_rows_of_the_code_in_the_same_order():
     assert ROWS[0] == ["what happens", "charged", "this prompt", "other prompts"]
     assert ROWS[1:] == [[kind.cause, kind.charged, kind.reaction.value, kind.others.value] for kind in RESPONSES]
 
@@ -43,7 +42,7 @@ def test_the_table_of_holds_has_each_kind_once_with_its_statuses():
 
 
 def test_the_protocol_has_each_reason_why_a_prompt_is_not_ready():
-    table = (ROOT / "docs/protocol.md").read_text().partition("| key of `waiting.why` |")[2].partition("\n\n")[0]
+    table = page("reference/json-output").partition("| key of `waiting.why` |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [wait.value for wait in Wait]
 
 

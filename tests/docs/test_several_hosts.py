@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY
+from support.pages import page
 
 from imagewatch.commands.main import COMMANDS
 from imagewatch.config.load import load
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/several-hosts.md").read_text()
+PAGE = page("howto/several-hosts")
 COMPOSE = ROOT / "examples/compose.shared.yaml"
 DROP_IN = ROOT / "examples/systemd-shared.conf"
 PASSWORD = "correct horse"
@@ -39,7 +40,10 @@ def compose() -> dict[str, Any]:
 
 
 def daemons(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: one for name, one in compose["services"].items() if one.get("command") == ["imagewatch", "run"]}
+    """The settings of each daemon, with those that the image has."""
+    image = dict(re.findall(r"^(?:ENV)? +(\w+)=([/\w.]+) ?\\?$", (ROOT / "Containerfile").read_text(), re.MULTILINE))
+    found = {name: one for name, one in compose["services"].items() if name != "postgres"}
+    return {name: {**one, "environment": {**image, **one["environment"]}} for name, one in found.items()}
 
 
 def test_the_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
@@ -55,7 +59,7 @@ def test_the_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
 
 def test_every_command_on_the_page_exists_with_its_options() -> None:
     found = set(re.findall(r"`imagewatch ([a-z]+)((?: [a-z-]+)*)", PAGE))
-    assert {"db", "hosts", "migrate", "once"} == {name for name, _ in found}
+    assert {"db", "hosts", "migrate", "once", "release"} == {name for name, _ in found}
     for name, rest in found:
         words = [word for word in rest.split() if word.startswith("--") or name == "db"]
         commands = [word for word in words if not word.startswith("--")]
@@ -80,14 +84,14 @@ def test_the_service_gets_the_password_as_the_credential_that_the_daemon_reads()
 def test_the_daemons_of_the_compose_file_have_valid_settings_and_names_of_their_own(compose: dict[str, Any]) -> None:
     names = []
     for name, daemon in daemons(compose).items():
-        config = load(None, {**daemon["environment"], "HOME": "/nonexistent"})
-        assert (config.folders.root, config.folders.state) == ("/srv/imagewatch", "/var/lib/imagewatch")
+        config = load(None, daemon["environment"])
+        assert (config.folders.root, config.folders.state) == ("/srv/imagewatch", "/var/lib/imagewatch/state")
         assert (config.shared.account, config.shared.durability) == ("main", "single")
         assert "host=postgres " in config.shared.database
         targets = {volume.split(":")[1]: volume.split(":")[0] for volume in daemon["volumes"]}
         assert targets == {"/srv/imagewatch": f"./{name}", "/var/lib/imagewatch": f"state_{name}"}
         names.append(config.shared.instance)
-    assert names == ["one", "two", "three"]
+    assert names == ["left", "right"]
 
 
 def test_what_the_compose_file_names_is_there(compose: dict[str, Any]) -> None:
@@ -102,19 +106,11 @@ def test_what_the_compose_file_names_is_there(compose: dict[str, Any]) -> None:
     build = compose["x-daemon"]["build"]
     project = tomllib.loads((COMPOSE.parent / build["context"] / "pyproject.toml").read_text())["project"]
     assert "postgres" in project["optional-dependencies"]
-    assert "[postgres]" in build["dockerfile_inline"]
+    assert build["args"] == {"REQUIREMENTS": "postgres"}
+    assert (COMPOSE.parent / build["context"] / build["dockerfile"]).exists()
+    assert (ROOT / "requirements/postgres.txt").exists()
     grace = int(compose["x-daemon"]["stop_grace_period"].removesuffix("s"))
     assert f"TimeoutStopSec={grace}\n" in (ROOT / "systemd/imagewatch.service").read_text()
-
-
-def test_the_daemons_of_the_compose_file_for_a_common_inbox_have_one_inbox(compose: dict[str, Any]) -> None:
-    yaml = pytest.importorskip("yaml")
-    override = yaml.safe_load((ROOT / "examples/compose.common.yaml").read_text())["services"]
-    assert set(override) == set(daemons(compose))
-    for name, daemon in daemons(compose).items():
-        config = load(None, {**daemon["environment"], **override[name]["environment"], "HOME": "/nonexistent"})
-        assert config.shared.inbox == "common"
-        assert override[name]["volumes"] == ["./common:/srv/imagewatch"]
 
 
 def test_the_tables_and_a_daemon_of_the_compose_file_work_with_a_password_in_the_folder_of_credentials(
@@ -127,7 +123,7 @@ def test_the_tables_and_a_daemon_of_the_compose_file_work_with_a_password_in_the
     (secrets / _CREDENTIAL).write_text(f"{PASSWORD}\n")
     (secrets / _CREDENTIAL).chmod(0o644)  # as Compose mounts it
     (secrets / "letta_api_key").write_text(KEY)
-    environ = {**daemons(compose)["one"]["environment"], "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    environ = {**daemons(compose)["left"]["environment"], "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     environ["CREDENTIALS_DIRECTORY"] = str(secrets)
     environ["IMAGEWATCH_FOLDERS__ROOT"] = str(tmp_path / "watched")
     environ["IMAGEWATCH_FOLDERS__STATE"] = str(tmp_path / "state")
@@ -138,10 +134,11 @@ def test_the_tables_and_a_daemon_of_the_compose_file_work_with_a_password_in_the
         command = [sys.executable, "-m", "imagewatch", *words]
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
-    made = run(*compose["services"]["tables"]["command"][1:])
+    assert re.findall(r"^# +.* run --rm left (.+)$", COMPOSE.read_text(), re.MULTILINE) == ["db init"]
+    made = run("db", "init")
     assert (made.returncode, made.stdout) == (0, "The tables were created.\n"), made.stderr
     checked = run("db", "check")
-    assert (checked.returncode, checked.stdout) == (0, "ok: the account main; this daemon is one\n")
+    assert (checked.returncode, checked.stdout) == (0, "ok: the account main; this daemon is left\n")
     (tmp_path / "watched/inbox").mkdir(parents=True)
     (tmp_path / "watched/inbox/cat.prompt.txt").write_text("a cat")
     done = run("once")

@@ -12,10 +12,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support.pages import page
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
 GROUPS = PYPROJECT["dependency-groups"]
 DEPENDENCIES = PYPROJECT["project"]["dependencies"]
 TESTING = PYPROJECT["project"]["optional-dependencies"]["test"]
@@ -24,6 +24,7 @@ DIRECT = {
     "service": DEPENDENCIES,
     "postgres": [*DEPENDENCIES, *PYPROJECT["project"]["optional-dependencies"]["postgres"]],
     "build": BUILDING,
+    "docs": GROUPS["docs"],
     "release": [*BUILDING, *(one for one in GROUPS["release"] if isinstance(one, str))],
 }
 """The lock files, and the requirements of ``pyproject.toml`` for each."""
@@ -43,7 +44,7 @@ def entries(name: str) -> dict[str, tuple[Version, int, str]]:
     return {one: (Version(version), hashes.count("sha256:"), via) for one, version, _, hashes, via in found}
 
 
-@pytest.mark.parametrize("text", [*DEPENDENCIES, *TESTING, *DIRECT["release"]])
+@pytest.mark.parametrize("text", [*DEPENDENCIES, *TESTING, *DIRECT["release"], *DIRECT["docs"]])
 def test_every_dependency_has_one_lower_and_one_upper_bound(text):
     operators = [one.operator for one in Requirement(text).specifier if one.operator != "!="]
     assert sorted(operators) == ["<", ">="]
@@ -91,7 +92,8 @@ def test_the_installation_for_a_shared_database_has_the_same_versions_as_the_oth
 
 
 def test_the_documented_installation_checks_the_hash_of_all_that_it_fetches():
-    (block,) = re.findall(r"^```sh\n# in CI: install\n(.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    text = page("howto/install-source")
+    (block,) = re.findall(r"^<!-- in CI: install -->\n```sh\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
     files = set()
     for line in re.findall("^python3 -m pip .+$", block, re.MULTILINE):
         if " -r " in line:

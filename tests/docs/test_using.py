@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import until
 from support.endpoint import unique_png
+from support.pages import page
 
 from imagewatch.protocol import notice
 from imagewatch.protocol.prompt import parse
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from support.daemon import Folders
 
 ROOT = Path(__file__).parents[2]
-USING = (ROOT / "docs/using.md").read_text()
+USING = page("howto/use-the-folder") + page("howto/submit")
 SKILL_FILE = ROOT / "imagewatch/skills/imagewatch/SKILL.md"
 SKILL = SKILL_FILE.read_text()
 PLACE = "/srv/imagewatch"

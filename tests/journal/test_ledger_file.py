@@ -337,18 +337,18 @@ def test_a_ledger_of_format_4_is_upgraded_and_counts_nothing_twice(path: str) ->
 def test_a_job_without_a_budget_or_a_receiver_asks_the_journal_nothing_about_them(
     make: Callable[..., Journal],
 ) -> None:
-    said: list[str] = []
+    executed: list[str] = []
 
     def statements(journal: Journal, job: str) -> list[str]:
         """What one paid job makes SQLite do, without what its triggers do."""
         with journal._file.using() as connection:
-            connection.set_trace_callback(said.append)
-        said.clear()
+            connection.set_trace_callback(executed.append)
+        executed.clear()
         spend(journal, job, "anna")
         pay(journal, job, "anna")
         journal.decide(claim(job, "anna"), Decision(destination="outbox", facts={"charged": "yes"}), None)
         journal.finish(job)
-        return [text for text in said if not text.startswith("--")]
+        return [text for text in executed if not text.startswith("--")]
 
     plain = statements(make(), "a")
     assert not [text for text in plain if "events" in text or "announced" in text or "folder_sums" in text]
@@ -391,7 +391,7 @@ def test_a_ledger_of_format_4_is_updated_where_it_is_and_gets_the_sums_of_its_fo
     journal = make()
     for number, folder in enumerate(("", "anna", "anna/deep", "bob", ODD)):
         pay(journal, f"paid{number}", folder, NOON - number * DAY, 10.0 + number)
-    pay(journal, "unpriced", "anna", credits_=None)
+    pay(journal, "unknown_cost", "anna", credits_=None)
     journal.record(row_in("free", "anna", outcome="refused", charged="no"))
     assert spend(journal, "in flight", "anna") is None
     journal.close()

@@ -1,4 +1,4 @@
-"""The recipes of ``docs/notifications.md`` and the examples, run unchanged but for their addresses and paths."""
+"""The recipes of ``docs/howto/notify.md`` and the examples, run unchanged but for their addresses and paths."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from support.daemon import Folders, command, until
+from support.pages import marked, page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
     from support.receiver import Receiver
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/notifications.md").read_text()
+PAGE = page("howto/notify")
 EXAMPLES = ROOT / "examples"
 
 
 def recipe(name: str) -> str:
     """A configuration of the page."""
-    (found,) = re.findall(rf"^```toml\n# tested: {name}\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    return str(found)
+    return marked("toml")[name]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def once(folders: Folders, tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_each_recipe_is_tried_here():
-    names = re.findall(r"^```toml\n# tested: (\w+)$", PAGE, re.MULTILINE)
+    names = re.findall(r"^<!-- tested: (\w+) -->\n```toml$", PAGE, re.MULTILINE)
     text = Path(__file__).read_text()
     assert len(names) == 4
     assert all(f'recipe("{name}")' in text for name in names)

@@ -1,4 +1,4 @@
-"""``docs/protocol.md`` and the schemas, held to real result files of every kind and to the code."""
+"""``docs/reference/folder-protocol.md`` and the schemas, held to real result files of every kind and to the code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from support.daemon import KEY
 from support.endpoint import unique_png
+from support.pages import page, table
 from support.station import Station
 
 from imagewatch.job.receipts import SCHEMA
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/protocol.md").read_text()
+PAGE = page("reference/folder-protocol")
+RESULTS = page("reference/status-and-receipts")
 SCHEMAS = {kind: json.loads((ROOT / f"schemas/{kind}.schema.json").read_text()) for kind in ("receipt", "error")}
 VALIDATORS = {kind: Draft202012Validator(schema) for kind, schema in SCHEMAS.items()}
 
@@ -227,15 +229,9 @@ def test_a_name_that_existed_gets_the_short_id_in_every_file_of_the_job(result_f
     assert result_files[lost]["originals"] == [{"file": f"lost.{tag}.prompt.txt", "dropped_as": "lost.prompt.txt"}]
 
 
-def rows(heading: str) -> list[list[str]]:
-    """The rows of the first table below a line of the page."""
-    table = PAGE[PAGE.index(heading) :].partition("\n|")[2].partition("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
-
-
 def test_the_page_lists_exactly_the_keys_of_the_result_files_and_where_they_are():
     listed: dict[str, set[str]] = {}
-    for names, where, _ in rows("## Keys of the result files"):
+    for names, where, _ in table(RESULTS, "## Keys of the result files"):
         for name in re.findall(r"`\[*(\w+)\]*`", names):
             listed[name] = set(where.split())
     for kind, always, sometimes in (("receipt", "R", "r"), ("error", "E", "e")):
@@ -246,11 +242,13 @@ def test_the_page_lists_exactly_the_keys_of_the_result_files_and_where_they_are(
 
 
 def test_the_page_lists_exactly_the_keys_of_front_matter():
-    listed = [names.strip("`") for names, _ in rows("**Front matter**")]
+    listed = [names.strip("`") for names, _ in table(PAGE, "**Front matter**")]
     assert sorted(listed) == sorted(FrontMatter.__struct_fields__)
 
 
 def test_the_tables_of_images_and_inputs_name_all_their_keys():
     for name, definition in (("images", "image"), ("inputs", "input")):
-        (words,) = (words for names, _, words in rows("## Keys of the result files") if f"[[{name}]]" in names)
+        (words,) = (
+            words for names, _, words in table(RESULTS, "## Keys of the result files") if f"[[{name}]]" in names
+        )
         assert set(re.findall(r"`(\w+)`", words)) == set(SCHEMAS["receipt"]["$defs"][definition]["properties"])

@@ -6,9 +6,11 @@ import ast
 import re
 from pathlib import Path
 
+from support.pages import page
+
 TESTS = Path(__file__).parent
-PAGE = (TESTS.parents[1] / "docs/senders.md").read_text()
-ROWS = re.findall(r"^\| (?!sender \||---).+ \| `(\w+)` \|$", PAGE, re.MULTILINE)
+PAGE = page("howto/senders")
+ROWS = re.findall(r"^\| .+ <!-- `(\w+)` --> \|$", PAGE, re.MULTILINE)
 
 
 def senders() -> set[str]:

@@ -1,12 +1,13 @@
 """The units under a real systemd, in a container that is booted once; nothing is simulated but the endpoint.
 
-It is installed by the commands of ``docs/operations.md``, as they stand there.
+It is installed by the commands of the documentation, as they stand there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,9 @@ from gallery.test_gallery_hostile import scans
 from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
 from support.daemon import KEY, STARTED, until
+from support.pages import marked, page, pages, table
 
+from imagewatch import __version__
 from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
@@ -29,8 +32,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 UNITS = ROOT / "systemd"
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
-NOTIFICATIONS = (ROOT / "docs/notifications.md").read_text()
+ALL = "".join(path.read_text() for path in pages())
+BLOCKS = {name: text for name, text in marked("sh").items() if not name.startswith(("deb_", "image_"))}
+"""Of all pages; another test runs those of other kinds."""
 EXPOSURE = {"imagewatch": 11, "imagewatch-gallery": 2}  # tenths
 WATCHDOG_SECONDS = 4
 """For a daemon that must not be killed: half of it is left to a busy machine."""
@@ -60,11 +64,9 @@ Sandbox(port=8283, key=sys.argv[1], on_request=hold).serve_forever()
 REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
 
 
-def follow(container: Container, name: str, text: str = "", page: str = OPERATIONS, **settings: Any) -> str:
-    """Run the commands of one block of a page, as they stand there; return what they print."""
-    found = re.findall(rf"^```sh\n# tested: {name}\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(found) == 1, name
-    done = container.run("bash", "-euc", found[0], text=text, **{"cwd": "/root/imagewatch", **settings})
+def follow(container: Container, name: str, text: str = "", **settings: Any) -> str:
+    """Run the commands of one block of the documentation, as they stand there; return what they print."""
+    done = container.run("bash", "-euc", BLOCKS[name], text=text, **{"cwd": "/root/imagewatch", **settings})
     return done.stdout
 
 
@@ -949,16 +951,14 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
 # The rest of the page
 
 
-def test_the_tests_follow_every_block_of_the_page():
-    blocks = re.findall(r"^# tested: (\w+)$", OPERATIONS, re.MULTILINE)
-    followed = re.findall(r'follow\(.+?, "(\w+)"(?!, page=)', Path(__file__).read_text())
-    assert len(blocks) == len(set(blocks))
-    assert set(blocks) == set(followed)
+def test_the_tests_follow_every_marked_block_of_the_documentation():
+    followed = re.findall(r'follow\(.+?, "(\w+)"', Path(__file__).read_text())
+    assert set(BLOCKS) == set(followed)
 
 
 def test_the_page_names_the_next_step_for_each_kind_of_hold():
-    (table,) = re.findall(r"^\| kind \| what happened .+?\n\n", OPERATIONS, re.MULTILINE | re.DOTALL)
-    named = [kind for row in table.strip().splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
+    kinds = [row[0] for row in table(page("reference/holds"), "# ")]
+    named = [kind for text in kinds for kind in re.findall(r"`(\w+)`", text)]
     assert sorted(named) == sorted(HOLDS)
 
 
@@ -982,6 +982,7 @@ def test_status_hold_and_reload(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
     until(lambda: started.events("completed"))
+    assert "is running" in follow(started.container, "look_at_exit_code")
     result = follow(started.container, "look")
     assert "is running" in result
     assert "Total: " in result
@@ -989,6 +990,41 @@ def test_status_hold_and_reload(started, endpoint):
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
     until(lambda: started.events("reloaded"))
+
+
+def test_the_key_is_checked_as_the_how_to_pages_say(started, endpoint):
+    for result in (follow(started.container, "check_as_service"), follow(started.container, "check_balance")):
+        assert "from systemd credential letta_api_key" in result
+        assert not re.search("^bad ", result, re.MULTILINE)
+    assert re.search("^ok +total balance ", result, re.MULTILINE)
+
+
+def test_a_changed_configuration_is_checked_and_applied_as_the_pages_say(started, endpoint):
+    assert "ok      configuration" in follow(started.container, "apply_presets")
+    until(lambda: len(started.events("reloaded")) == 1)
+    assert "ok      configuration" in follow(started.container, "apply_budgets")
+    until(lambda: len(started.events("reloaded")) == 2)
+
+
+def test_a_service_that_systemd_gave_up_is_started_again_as_troubleshooting_says(service, endpoint):
+    service.drop_in("ExecStart=\nExecStart=/bin/false\n[Unit]\nStartLimitBurst=2")
+    assert service.systemctl("start", check=False).returncode != 0
+    until(lambda: service.container.show(service.unit, "ActiveState") == "failed")
+    service.drop_in("")
+    follow(service.container, "start_again")
+    until(lambda: service.events("started"))
+
+
+def test_old_copies_of_the_ledger_are_removed_as_the_page_says(machine):
+    place = machine.path("/var/backups/imagewatch")
+    made = {days: place / f"ledger-{days}.sqlite3" for days in (1, 40)}
+    place.mkdir(parents=True, exist_ok=True)
+    for days, path in made.items():
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - days * 86_400,) * 2)
+    follow(machine, "prune_backups")
+    assert [days for days, path in made.items() if path.exists()] == [1]
+    made[1].unlink()
 
 
 def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(started, endpoint):
@@ -1035,6 +1071,7 @@ def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint)
     until(lambda: started.events("completed"))
     before = started.container.run("imagewatch", "history", "--json", "--limit=0").stdout
     follow(started.container, "backup")
+    assert follow(started.container, "read_backup") == "ok\n"
     follow(started.container, "restore")
     assert json.loads(started.container.run("imagewatch", "history", "--json", "--limit=0").stdout) == json.loads(
         before
@@ -1045,8 +1082,16 @@ def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint)
 
 def test_an_upgrade_continues_with_the_prompts_that_are_there(service, endpoint):
     service.prompt("early", "[sandbox: b64] Dropped while it was down")
+    follow(service.container, "copy_state")
+    (copy,) = service.container.path("/var/lib").glob("imagewatch.before-*")
+    assert (copy / "ledger.sqlite3").exists()
+    shutil.rmtree(copy)
     follow(service.container, "upgrade")
     assert service.receipt("early")["charged"] == "yes"
+    result = follow(service.container, "after_upgrade")
+    assert result.startswith(f"imagewatch {__version__}\n")
+    assert "is running" in result
+    assert not re.search("^bad ", result, re.MULTILINE)
 
 
 def test_files_of_a_sync_program_in_the_folders_are_not_touched(started, endpoint):
@@ -1062,7 +1107,7 @@ def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedPro
     """The share of the page: run a client's commands in one of its folders as a user."""
     if missing := [name for name in ("smbd", "smbclient", "smbpasswd") if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)} (apt install samba smbclient)")
-    (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", ALL, re.MULTILINE | re.DOTALL)
     machine.put("/etc/samba/smb.conf", f"[global]\ndisable netbios = yes\nload printers = no\n{share}")
     for user in ("colleague", "stranger"):
         machine.run("smbpasswd", "-a", "-s", user, text="secret\nsecret\n")
@@ -1160,7 +1205,7 @@ def test_the_secret_of_notifications_comes_from_the_manager(service, endpoint, r
     machine.put("/opt/receiver.py", (ROOT / "examples/notify_receiver.py").read_text())
     add(machine, '[notify]\nurl = "http://127.0.0.1:8484/hook"')
     try:
-        follow(machine, "credential", page=NOTIFICATIONS)
+        follow(machine, "credential")
         secret = "/etc/imagewatch/notify_secret"
         assert machine.run("stat", "--format=%U %a", secret).stdout == "root 600\n"
         machine.run(
@@ -1230,6 +1275,22 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     until(machine.path("/home/colleague/Pictures/imagewatch/outbox/me.receipt.toml").exists)
     assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
     assert "Total: 1 completed" in run("imagewatch", "history")
+
+
+# The command that writes the units
+
+
+def test_service_install_writes_units_that_work_and_finds_those_of_the_page_unchanged(service, endpoint):
+    machine = service.container
+    assert machine.run("imagewatch", "service", "install").stdout.count("unchanged: /etc/") == 4
+    machine.run("rm", "/etc/systemd/system/imagewatch.service")
+    done = machine.run("imagewatch", "service", "install").stdout
+    assert "wrote: /etc/systemd/system/imagewatch.service\n" in done
+    assert "  systemctl daemon-reload\n" in done
+    machine.run("systemctl", "daemon-reload")
+    service.systemctl("start")
+    service.prompt("written", "[sandbox: b64] By the command")
+    service.receipt("written")
 
 
 # The end

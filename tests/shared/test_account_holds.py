@@ -22,16 +22,19 @@ from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
 from imagewatch.journal.holds import Holds
+from support import noon
 
 def configured():
     return load(os.environ.get("IMAGEWATCH_CONFIG"), os.environ)
 
 log.configure("info", "json")
+noon.apply()
 holds = Holds(first_seconds=float(sys.argv[1]), grace_seconds=float(sys.argv[2]))
 sys.exit(Daemon(configured(), os.environ, reload=configured, holds=holds).run())
 """
 """A daemon whose holds last as long as a test likes; all else is as it is."""
 LONG = 600.0
+IN_FLIGHT = "SELECT count(*) FROM imagewatch.attempts WHERE outcome = 'sent'"
 
 
 class Account:
@@ -110,8 +113,7 @@ def until_held(account: Account, kind: str = "credits") -> None:
 
 def hold_the_next_probe(account: Account, sandbox: Sandbox, postgres: Server) -> int:
     """Let the endpoint have a probe that it does not answer; return how many requests it had got before."""
-    sent = "SELECT count(*) FROM imagewatch.attempts WHERE outcome = 'sent'"
-    until(lambda: rows(postgres, account, sent) == [(0,)], saw=account.log)
+    until(lambda: rows(postgres, account, IN_FLIGHT) == [(0,)], saw=account.log)
     before: int = sandbox.report()["requests"]
     sandbox.hold()
     assert command(account.folders["one"], "release").returncode == 0
@@ -147,7 +149,9 @@ def test_one_probe_is_in_flight_at_a_time_over_all_daemons(
     before = hold_the_next_probe(account, sandbox, postgres)
     assert not sandbox.wait_for_requests(before + 2, 2.5)  # all others are due meanwhile
     sandbox.balance = None
-    sandbox.release()
+    sandbox.release()  # the probe was refused when it came
+    until(lambda: rows(postgres, account, IN_FLIGHT) == [(0,)], saw=account.log)
+    assert command(account.folders["one"], "release").returncode == 0
     until(lambda: account.completed() == 8, saw=account.log)
 
 

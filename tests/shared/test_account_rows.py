@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from imagewatch.journal.journal import Journal
 
+DAY = 86_400.0
 TOO_FEW = Reason("credits", "too few")
 
 
@@ -30,6 +31,37 @@ def daemons(database: str) -> Iterator[tuple[Journal, Journal]]:
         for journal in journals:
             journal.account.first_seconds, journal.account.probe_seconds = 0.0, 600.0
         yield journals[0], journals[1]
+
+
+def test_what_another_daemon_has_finished_is_known_for_longer_than_what_is_own(
+    daemons: tuple[Journal, Journal],
+) -> None:
+    """That one may be off, and files of its jobs may turn up again when it is back."""
+    one, two = daemons
+    for job in ("a", "b"):
+        assert spend(one, job) is None
+        one.finish(job)
+    for clock in {one.clock, two.clock}:
+        clock.now += 8 * DAY  # type: ignore[attr-defined]
+    two.forget_old()
+    assert [one.is_over("a"), one.is_over("b")] == [True, True]
+    one.forget_old()
+    assert [one.is_over("a"), one.is_over("b")] == [False, False]
+    assert spend(one, "c") is None
+    one.finish("c")
+    two.clock.now += 366 * DAY  # type: ignore[attr-defined]
+    two.forget_old()
+    assert not one.is_over("c")
+
+
+def test_a_job_of_an_earlier_version_waits_for_a_name_only_in_its_own_inbox(daemons: tuple[Journal, Journal]) -> None:
+    one, two = daemons
+    for job in ("a", "b"):
+        one.claim(Claim(job=job, folder="", stem=job, at=NOON))
+    for journal, job, stem in ((two, "c", "a"), (one, "d", "b")):
+        journal.adopt(Claim(job=job, folder="", stem=stem, at=NOON), "open", None, {})
+    found = two.job("c"), one.job("d")
+    assert [job and job.state for job in found] == ["open", "returning"]
 
 
 def spend(journal: Journal, job: str) -> Reason | None:

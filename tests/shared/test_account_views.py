@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from support import noon
 from support.daemon import command, until
 
 from shared.test_account_holds import LONG, Account, account, rows, until_held
@@ -111,6 +113,59 @@ def test_without_a_shared_database_all_and_instance_are_usage_errors_that_say_wh
     assert all("instance" not in job for job in json.loads(command(folders, "history", "--json").stdout))
 
 
+def test_a_daemon_that_runs_or_is_not_known_is_not_forgotten(account: Account) -> None:
+    account.start("one", "two")
+    for options in ((), ("--yes",)):
+        done = command(account.folders["two"], "hosts", "forget", "one", *options)
+        assert (done.returncode, done.stdout) == (64, "")
+        assert "may still send" in done.stderr
+        assert "stop it first" in done.stderr
+        done = command(account.folders["two"], "hosts", "forget", "three", *options)
+        assert (done.returncode, done.stdout) == (64, "")
+        assert "the account has no daemon three" in done.stderr
+        assert "imagewatch status --all" in done.stderr
+    assert [one["instance"] for one in _page(account.folders["one"])[1]["instances"]] == ["one", "two"]
+
+
+OF_THE_ACCOUNT = {"period_jobs", "period_credits", "balance_credits", "budget_credits", "redelivered_prompts_total"}
+
+
+def _metrics(folders: Folders) -> dict[str, str]:
+    """The metrics that are the account's, by name and labels but the inbox."""
+    done = command(folders, "status", "--prometheus")
+    assert done.returncode == 0, done.stderr
+    found = (line.rpartition(" ") for line in done.stdout.splitlines() if not line.startswith("#"))
+    shown = {name.replace(f'inbox="{folders.inbox}"', ""): value for name, _, value in found}
+    return {name: value for name, value in shown.items() if name[11:].partition("{")[0] in OF_THE_ACCOUNT}
+
+
+def test_five_metrics_are_those_of_the_account_on_each_host(account: Account, postgres: Server) -> None:
+    for name in ("one", "two"):
+        account.member(name, budgets__anna__credits_per_month="3000")
+    account.start("one", "two")
+    one, two = account.folders.values()
+    one.prompt("anna/cat", "a cat")
+    until((one.outbox / "anna/cat.receipt.toml").exists, saw=account.log)
+    rows(postgres, account, "UPDATE imagewatch.attempts SET new_credit_balance = 910")  # as in some responses
+    two.prompt("dog", "a dog")
+    until(lambda: account.completed() == 1, saw=account.log)
+    path = two.prompt("cow", "a cow")
+    status = path.stat()
+    until(lambda: account.completed() == 2, saw=account.log)
+    again = two.inbox / ".again"
+    again.write_text("a cow")
+    os.utime(again, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    again.rename(path)
+    until(lambda: account.daemons["two"].events("redelivered"), saw=account.log)
+    one.prompt("pig", "a pig")
+    until(lambda: account.completed() == 3, saw=account.log)
+    until(lambda: _metrics(one) == _metrics(two), saw=lambda: f"{_metrics(one)}\n{_metrics(two)}")
+    found = _metrics(one)
+    assert {name[11:].partition("{")[0] for name in found} == OF_THE_ACCOUNT
+    assert found["imagewatch_balance_credits{}"] == "910"
+    assert found["imagewatch_redelivered_prompts_total{}"] == "1"
+
+
 RECEIVER = """
 import sys
 with open(sys.argv[1], "ab", 0) as file:
@@ -127,9 +182,10 @@ def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
 ) -> None:
     receiver, path = tmp_path / "receiver.py", tmp_path / "received"
     receiver.write_text(RECEIVER)
-    given = json.dumps([sys.executable, str(receiver), str(path)])
+    given, clock = json.dumps([sys.executable, str(receiver), str(path)]), noon.environ()
+    limits = {"limits__credits_per_day": "100", "limits__assumed_credits": "30"}
     for name in ("one", "two", "three"):
-        account.member(name, notify__command=given, limits__credits_per_day="100", limits__assumed_credits="30")
+        account.member(name, notify__command=given, **limits).environ |= clock
     account.start("one", "two", "three", first_seconds=LONG)
     sandbox.balance = 0
     account.prompts(1)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
 from typing import IO, TYPE_CHECKING
 
-from support.daemon import Folders
+from support.daemon import Folders, command
 
 from imagewatch.commands import check_shared
 from imagewatch.config.load import load
 from imagewatch.job.two_hosts import FOLDER, TwoHosts
 from imagewatch.system.disk import Disk
 from imagewatch.system.file_systems import Kinds
+from shared.test_common_folder import Overwriting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,8 +56,18 @@ class Silent(TwoHosts):
         raise SystemExit
 
 
-def with_double(folders: Folders, kind: type[TwoHosts]) -> tuple[int, str]:
-    disk, claims = Disk(), folders.inbox / ".imagewatch"
+class Lingering(Disk):
+    """The disk of a host whose renamed folders still have their earlier name on the other one: an attribute cache."""
+
+    def rename(self, source: str, target: str) -> None:
+        is_folder = os.path.isdir(source)
+        super().rename(source, target)
+        if is_folder:
+            os.mkdir(source)
+
+
+def with_double(folders: Folders, kind: type[TwoHosts], disk: Disk | None = None) -> tuple[int, str]:
+    disk, claims = disk or Disk(), folders.inbox / ".imagewatch"
     (claims / FOLDER).mkdir(parents=True, mode=0o700)
     claims.chmod(0o700)
     disk.tops.open(str(claims))
@@ -91,6 +103,33 @@ def test_locks_that_are_not_noticed_are_bad(tmp_path: Path) -> None:
     code, output = with_double(Folders(tmp_path, "http://127.0.0.1:9"), WithoutLocks)
     assert code == 1, output
     assert "this host got" in output
+
+
+def test_a_late_rename_that_arrives_is_bad(tmp_path: Path) -> None:
+    code, output = with_double(Folders(tmp_path, "http://127.0.0.1:9"), TwoHosts, Lingering())
+    assert code == 1, output
+    (bad,) = [line for line in output.splitlines() if line.startswith("bad")]
+    assert "late rename" in bad
+    assert "a file could be put into a folder that the other host had renamed" in bad
+
+
+def test_a_missing_inbox_is_bad_and_is_not_created(tmp_path: Path) -> None:
+    folders = Folders(tmp_path, "http://127.0.0.1:9")
+    folders.inbox.rmdir()
+    done = command(folders, "check", "--shared")
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("bad")
+    assert "mount the shared file system" in line
+    assert not folders.inbox.exists()
+
+
+def test_a_file_system_that_is_bad_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_shared, "Disk", Overwriting)
+    folders = Folders(tmp_path, "http://127.0.0.1:9")
+    (line,) = check_shared.shared_lines(load(None, folders.environ))
+    assert (line.verdict, line.what) == ("bad", "file system")
+    assert list(folders.inbox.iterdir()) == []
 
 
 def test_a_host_that_does_not_answer_is_reported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from typing import TYPE_CHECKING
@@ -82,6 +83,75 @@ def test_without_the_database_a_command_says_so(used: Folders, arguments: tuple[
     used.environ["IMAGEWATCH_SHARED__DATABASE"] = f"postgresql://127.0.0.1:{free_port()}/none"
     output = printed(used, *arguments, code=69)
     assert "the shared database cannot be reached" in output
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+OTHER_USER = 65534
+FOR_ROOT = """
+import os, sys
+
+class ForRoot:
+    def find_spec(self, name, path=None, target=None):
+        if os.geteuid() != 0 and (name.startswith("psycopg") or ".postgres" in name):
+            raise PermissionError(f"only root can read the module {name}")
+
+sys.meta_path.insert(0, ForRoot())
+from imagewatch.commands.main import main
+main()
+"""
+"""A command whose library for PostgreSQL only root can read."""
+AS_USER = """
+import os, sys
+import imagewatch.endpoint.client, imagewatch.journal.postgres.database  # for root only, perhaps
+from imagewatch.commands.main import COMMANDS, load_command, main
+
+for name in COMMANDS:
+    load_command(name)
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+main()
+"""
+"""A command of another user."""
+
+
+@as_root
+def test_a_command_of_root_needs_no_file_of_root_after_it_has_become_the_daemons_user(
+    open_path: Path, sandbox: Sandbox, database: str
+) -> None:
+    settings = {"database": database, "durability": "single", "instance": "one"}
+    folders = Folders(open_path, sandbox.base_url, **{f"shared__{key}": value for key, value in settings.items()})
+    config = open_path / "config.toml"
+    config.write_text("[limits]\nassumed_credits = 30\n")
+    config.chmod(0o600)
+    folders.environ["IMAGEWATCH_CONFIG"] = str(config)
+    assert command(folders, "db", "init").returncode == 0
+    folders.prompt("cat", "a cat")
+    assert Running(folders, "once").wait() == 0
+    for path in (folders.root, folders.state, *folders.root.rglob("*"), *folders.state.rglob("*")):
+        os.chown(path, OTHER_USER, OTHER_USER)
+    script = open_path / "for_root.py"
+    script.write_text(FOR_ROOT)
+    for arguments in (["hold"], ["release"], ["db", "recover", "--yes"], ["migrate", "--to", "sqlite"]):
+        running = Running(folders, *arguments, script=str(script))
+        assert running.wait() == 0, running.output
+    assert {path.stat().st_uid for path in folders.state.rglob("*")} == {OTHER_USER}
+
+
+@as_root
+def test_a_user_who_may_not_enter_the_state_folder_gets_no_line_about_the_database(
+    open_path: Path, sandbox: Sandbox, database: str
+) -> None:
+    folders = Folders(open_path, sandbox.base_url, shared__database=database, shared__durability="single")
+    assert command(folders, "db", "init").returncode == 0
+    assert Running(folders, "once").wait() == 0
+    assert folders.state.stat().st_mode & 0o077 == 0
+    script = open_path / "as_user.py"
+    script.write_text(AS_USER)
+    checked = Running(folders, "check", script=str(script))
+    checked.wait()
+    assert "permission denied" in checked.output
+    assert "shared database" not in checked.output
 
 
 def test_check_and_status_work_without_the_database(used: Folders) -> None:

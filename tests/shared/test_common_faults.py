@@ -115,10 +115,10 @@ def test_what_was_claimed_when_its_job_was_over_goes_back_into_the_inbox(inbox: 
     folders = world.folders()
     late = folders.inbox / ".imagewatch" / f"{job}.1"
     late.mkdir()
-    (late / "dog.prompt.txt").write_text("a dog that a daemon claimed, and then died")
+    (late / "dog.prompt.txt").write_text("a dog that a daemon claimed before it was killed")
     world.settle()
     until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
-    assert world.calls("a dog that a daemon claimed, and then died") == 1
+    assert world.calls("a dog that a daemon claimed before it was killed") == 1
 
 
 def count_steps(world: Inbox) -> list[str]:
@@ -365,6 +365,35 @@ def test_only_its_own_process_can_say_that_an_attempt_was_not_sent(
         two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False)
     two.common.unsent("a", 1, "two")
     assert two.spend(row(attempt=2, nonce="two again"), FLUX, skip_repeated=False) is None
+
+
+def test_an_attempt_that_another_process_has_recorded_means_that_the_job_is_lost(
+    replaced: tuple[Journal, Journal],
+) -> None:
+    _, two = replaced
+    assert two.spend(row(nonce="two"), FLUX, skip_repeated=False) is None
+    with pytest.raises(LostJobError):
+        two.spend(row(nonce="another"), FLUX, skip_repeated=False)
+
+
+def test_a_job_that_the_database_has_lost_gets_the_epoch_of_its_claim_folder_again(
+    replaced: tuple[Journal, Journal], database: str, postgres: Server
+) -> None:
+    _, two = replaced
+    postgres.psql("DELETE FROM imagewatch.jobs", database.rpartition("/")[2])
+    two.decide(claim(), Decision(destination="discarded"), None)
+    assert two.common.where("a") == ("two", 2, "decided")
+
+
+def test_a_job_that_was_taken_once_more_keeps_the_epoch_with_which_a_worker_has_it(
+    replaced: tuple[Journal, Journal], database: str, postgres: Server
+) -> None:
+    _, two = replaced
+    postgres.psql("UPDATE imagewatch.jobs SET epoch = 3", database.rpartition("/")[2])  # that it was is not known
+    two.common._renewed.clear()
+    assert two.common.own() == {"a": 3}
+    assert two.common.epoch("a") == 2
+    assert not two.common.is_sure("a")
 
 
 def test_how_a_job_ends_is_not_decided_by_a_daemon_that_another_one_has_replaced(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from support.daemon import TESTS, until
+from support.daemon import TESTS, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,17 @@ def test_two_daemons_process_one_inbox_and_each_prompt_is_sent_once(
     until(lambda: one.names("inbox") == [])
     for daemon in daemons:
         daemon.wait_for("completed")
+
+
+def test_once_is_refused_and_sends_nothing(team: Callable[..., Folders], sandbox: Sandbox) -> None:
+    folders = team("one")
+    folders.prompt("cat", "a cat")
+    done = command(folders, "once")
+    assert done.returncode == 64, done.stderr
+    assert "shared.inbox is set: other daemons process this inbox, too" in done.stderr
+    assert "use imagewatch run" in done.stderr
+    assert folders.names("inbox") == ["cat.prompt.txt"]
+    assert sandbox.report()["requests"] == 0
 
 
 def test_a_request_in_flight_of_a_killed_daemon_is_an_unknown_charge_and_is_not_sent_by_another(

@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support import noon
 from support.account import Account, Member
 from support.daemon import LoggedDaemon, command, until
 
@@ -36,8 +37,10 @@ def account(tmp_path: Path, postgres: Server, database: str) -> Account:
 def started(account: Account, sandbox: Sandbox, run: Callable[..., LoggedDaemon], **settings: Any) -> list[Member]:
     """Start three daemons with the same limits."""
     members = [account.member(name, sandbox.base_url, **settings) for name in NAMES]
+    clock = noon.environ()
     for member in members:
-        run(member)
+        member.environ |= clock
+        run(member, script=noon.__file__)
     return members
 
 
@@ -133,6 +136,26 @@ def test_the_older_of_two_daemons_with_one_name_sends_nothing_any_more_and_repor
     assert (one.inbox / "cat.prompt.txt").exists()
 
 
+def test_a_response_that_comes_after_another_daemon_has_taken_the_name_is_recorded_and_published(
+    account: Account, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
+) -> None:
+    one = account.member("one", sandbox.base_url)
+    older = run(one)
+    copy = Account(account.server, account.uri, tmp_path / "copy").member("one", sandbox.base_url)
+    shutil.copytree(one.state, copy.state, ignore=shutil.ignore_patterns("*.lock", "lock"))
+    sandbox.hold()
+    one.prompt("cat", "cat")
+    assert sandbox.wait_for_requests(1, 20)
+    run(copy)
+    newest = "SELECT query FROM pg_stat_activity WHERE application_name = 'imagewatch presence one'"
+    until(lambda: any("incarnation > " in query for (query,) in account.rows(newest)), what="it has noticed the other")
+    sandbox.release()
+    until(lambda: one.finished() == {"cat": "outbox"}, saw=older.log)
+    rows = account.rows("SELECT outcome, charged, credits FROM imagewatch.attempts")
+    assert rows == [("completed", "yes", one.receipt("cat")["credits_charged"])]
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_changed_host_name_does_not_change_the_name_of_a_daemon(
     account: Account, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
@@ -161,7 +184,7 @@ def test_a_changed_host_name_does_not_change_the_name_of_a_daemon(
 def test_a_prompt_is_sent_soon_when_the_reservation_of_another_daemon_ends(
     account: Account, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    """Each daemon hears only of the ends of its own requests."""
+    """A daemon is notified only of the ends of its own requests."""
     one, two, _ = started(account, sandbox, run, limits__credits_per_day="30", limits__assumed_credits="30")
     sandbox.hold()
     one.prompt("cat", "cat [sandbox: 400]")

@@ -312,7 +312,7 @@ def test_after_a_failover_to_the_synchronous_standby_every_attempt_is_known(
         assert spend(journal, row("b", attempt=2 if ("b", 1) in outcomes(standby, uri) else 1)) is None
 
 
-def test_a_commit_that_hangs_on_a_replaced_primary_does_not_hang_forever(
+def test_a_commit_that_hangs_on_a_replaced_primary_does_not_hang_without_end(
     own_postgres: Server, standby: Server, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from support.proxy import Proxy  # noqa: PLC0415

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from support.daemon import LoggedDaemon
     from support.postgres import Server
 
     from imagewatch.sandbox import Sandbox
@@ -211,6 +212,54 @@ def test_values_that_the_database_cannot_hold_are_replaced_and_counted(mover: Ca
     ]
 
 
+def test_a_daemon_that_was_in_a_common_inbox_leaves_its_jobs_there(
+    mover: Callable[..., Moving], run: Callable[..., LoggedDaemon]
+) -> None:
+    moving = mover()
+    moving.shared["IMAGEWATCH_SHARED__INBOX"] = "common"
+    daemon = run(moving.use(shared=True))
+    moving.folders.prompt("cat", "a cat")
+    until(lambda: moving.folders.names("archive") == ["cat.prompt.txt"] and not moving.folders.names("inbox"))
+    assert daemon.stop() == 0
+    del moving.shared["IMAGEWATCH_SHARED__INBOX"]
+    (moving.folders.inbox / ".imagewatch/lock").write_bytes(b"")
+    moving.in_database("UPDATE imagewatch.jobs SET state = 'open'")  # as if it were not over yet
+    refused = moving.run("migrate", "--to", "sqlite", code=74).stderr
+    assert "this daemon still has 1 job of a common inbox" in refused
+    assert "set shared.inbox again" in refused
+    assert usable(moving) == {True}
+    moving.in_database("UPDATE imagewatch.jobs SET holder = 'two' WHERE inbox = 'common'")
+    moving.run("migrate", "--to", "sqlite")
+    there = "SELECT inbox, instance, holder, state FROM imagewatch.jobs"
+    assert moving.in_database(there) == [("common", "one", "two", "open")]
+    assert moving.in_file("SELECT count(*) FROM jobs") == [(0,)]
+    assert "Attempts that were there already: 1." in moving.run("migrate", "--to", "postgresql").stdout
+    assert moving.in_database(there) == [("common", "one", "two", "open")]
+
+
+HASTY = """
+from imagewatch.journal.postgres import session
+session._SILENT_SECONDS = 0.3
+from imagewatch.commands.main import main
+main()
+"""
+"""The command, with less patience for a statement than the server takes here."""
+SLOW = """
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NEW; END $$;
+CREATE TRIGGER slow BEFORE INSERT ON imagewatch.jobs FOR EACH ROW EXECUTE FUNCTION wait();
+"""
+
+
+def test_a_large_journal_may_take_its_time(mover: Callable[..., Moving]) -> None:
+    moving = mover()
+    moving.use(shared=False).prompt("cat", "a cat")
+    assert moving.once(shared=False) == 0
+    moving.in_database(SLOW)
+    done = migrated(moving, HASTY, "migrate", "--to", "postgresql")
+    assert done.returncode == 0, done.stderr
+    assert moving.in_database("SELECT count(*) FROM imagewatch.jobs") == [(1,)]
+
+
 def test_it_needs_the_daemon_stopped(mover: Callable[..., Moving]) -> None:
     moving = mover()
     daemon = Running(moving.use(shared=False), "run")
@@ -289,16 +338,22 @@ main()
 """The command, killed before its act of that number on the disk or in the database."""
 
 
-def migrate_killed(moving: Moving, target: str, number: int) -> int:
+def migrated(moving: Moving, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a script."""
     moving.use(shared=True)
     environ = {"PATH": os.environ["PATH"], "HOME": str(moving.folders.root), "PYTHONPATH": str(TESTS)}
     return subprocess.run(
-        [sys.executable, "-c", RUNNER, str(number), "migrate", "--to", target],
+        [sys.executable, "-c", script, *arguments],
         env=environ | moving.folders.environ,
         capture_output=True,
         check=False,
+        text=True,
         timeout=60,
-    ).returncode
+    )
+
+
+def migrate_killed(moving: Moving, target: str, number: int) -> int:
+    return migrated(moving, RUNNER, str(number), "migrate", "--to", target).returncode
 
 
 def usable(moving: Moving) -> set[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,17 @@ def history(folders: Folders) -> list[dict[str, Any]]:
 
 def claims(folders: Folders) -> list[str]:
     return [name for name in folders.names("inbox") if name.startswith(".imagewatch/")]
+
+
+@pytest.fixture
+def seen(postgres: Server, database: str) -> Callable[[str, float], None]:
+    """Return a function that lets a daemon be one that was seen so many seconds ago."""
+    update = "UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()) - %s WHERE name = %s"
+
+    def act(name: str, seconds: float) -> None:
+        postgres.psql(update, database.rpartition("/")[2], [seconds, name])
+
+    return act
 
 
 def complete(folders: Folders, stem: str, run: Run) -> None:
@@ -137,6 +149,56 @@ def test_a_job_that_was_in_flight_in_the_copy_gets_the_result_of_its_receipt(
     assert folders.finished() == {"cat": "outbox"}
     assert [(row["outcome"], row["credits"]) for row in history(folders)] == [("completed", 30)]
     assert sandbox.report()["requests"] == 1
+
+
+def test_what_was_paid_counts_again_also_while_another_job_of_its_name_is_not_over(
+    alone: Made,
+    sandbox: Sandbox,
+    replace_by_earlier: Replace,
+    kill_in_flight: Kill,
+    seen: Callable[[str, float], None],
+) -> None:
+    folders = alone("one")
+    folders.prompt("cat", "a cat in flight")
+    kill_in_flight(folders)
+
+    def paid() -> None:
+        assert Running(folders, "once").wait() == 1
+        for name in folders.names("errors"):
+            (folders.errors / name).unlink()
+        folders.prompt("cat", "a cat that is paid")
+        killed_at("keep", folders)
+        assert folders.receipt("cat")["charged"] == "yes"
+
+    replace_by_earlier(paid)
+    seen("one", 3600)
+    text = recovered(folders, "--yes", code=1)
+    assert "not done: a newer job of this name is not over" in text
+    assert [row["credits"] for row in history(folders) if row["outcome"] == "completed"] == [30]
+    Running(folders, "once").wait()
+    assert folders.error("cat")["charged"] == "unknown"
+    recovered(folders, "--yes")
+    Running(folders, "once").wait()
+    assert "cat.prompt.txt" in folders.names("archive")
+    assert sorted(row["outcome"] for row in history(folders)) == ["completed", "unknown"]
+    assert sandbox.report()["requests"] == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_receipt_of_another_user_proves_nothing(alone: Made, replace_by_earlier: Replace) -> None:
+    folders = alone("one")
+
+    def completed() -> None:
+        folders.prompt("cat", "a cat")
+        assert Running(folders, "once").wait() == 0
+
+    replace_by_earlier(completed)
+    os.chown(folders.outbox / "cat.receipt.toml", 12345, -1)
+    assert "lacks no job" in recovered(folders, "--yes")
+    assert history(folders) == []
+    os.chown(folders.outbox / "cat.receipt.toml", os.geteuid(), -1)
+    assert "cat.prompt.txt" in recovered(folders, "--yes")
+    assert [row["outcome"] for row in history(folders)] == ["completed"]
 
 
 def test_it_is_refused_while_the_daemon_runs(alone: Made, run: Run) -> None:
@@ -253,30 +315,19 @@ def test_originals_of_a_published_job_are_archived(
     assert [row["credits"] for row in history(other)] == [one.receipt("first")["credits_charged"]] * 3
 
 
-@pytest.fixture
-def seen_now(postgres: Server, database: str) -> Callable[[str], None]:
-    """Return a function that lets a daemon be one that was seen a moment ago."""
-    update = "UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()) WHERE name = %s"
-
-    def act(name: str) -> None:
-        postgres.psql(update, database.rpartition("/")[2], [name])
-
-    return act
-
-
 def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
     two: tuple[Folders, Folders],
     sandbox: Sandbox,
     replace_by_earlier: Replace,
     kill_in_flight: Kill,
-    seen_now: Callable[[str], None],
+    seen: Callable[[str, float], None],
     finish: Finish,
 ) -> None:
     one, other = two
     one.prompt("cat", "a cat")
     killed_at("spend", one)
     replace_by_earlier(lambda: kill_in_flight(one, RUNNER))
-    seen_now("one")
+    seen("one", 0)
     assert "the daemon one on" in recovered(other, "--yes", code=75)
     until(lambda: command(other, "db", "recover", "--yes").returncode == 0, timeout=60)
     finish(other, 3)

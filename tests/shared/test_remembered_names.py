@@ -11,16 +11,12 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemon import Folders
 
-from imagewatch.commands import check_shared
-from imagewatch.config.load import load
 from imagewatch.job.handover import Handover
 from imagewatch.job.two_hosts import FOLDER, TwoHosts
 from imagewatch.system import disk_calls
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
-from imagewatch.system.file_systems import Kinds
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
@@ -169,22 +165,6 @@ def test_two_hosts_that_remember_missing_names_find_each_other(tmp_path: Path) -
         thread.join()
     assert [len(lines) for lines in found] == [7, 7]
     assert {line.verdict for lines in found for line in lines} == {"ok"}
-
-
-class KnownWhenThere(Kinds):
-    """File systems of a host: that of a folder is known as soon as the folder is there."""
-
-    def of(self, folder: str) -> str:
-        return "cifs" if os.path.isdir(folder) else ""
-
-
-def test_smb_is_refused_also_if_the_inbox_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_shared, "Kinds", KnownWhenThere)
-    folders = Folders(tmp_path, "http://127.0.0.1:9")
-    folders.inbox.rmdir()
-    (line,) = check_shared.shared_lines(load(None, folders.environ))
-    assert (line.verdict, line.what) == ("bad", "file system")
-    assert "SMB" in line.why
 
 
 class StaleUntilListed(Tops):

@@ -106,6 +106,22 @@ def test_missing_and_newer_tables_are_refused(daemon: Callable[..., Folders], da
     assert "has tables of a newer version" in refused(folders, 78)
 
 
+def test_tables_of_this_version_are_not_updated_and_others_are_refused(
+    daemon: Callable[..., Folders], database: str, postgres: Server
+) -> None:
+    folders = daemon(database)
+    without = command(folders, "db", "upgrade")
+    assert without.returncode == 69, without.stderr
+    assert "imagewatch db init" in without.stderr
+    assert command(folders, "db", "init").returncode == 0
+    done = command(folders, "db", "upgrade")
+    assert (done.returncode, done.stdout) == (0, "The tables are those of version 1.\n")
+    postgres.psql("UPDATE imagewatch.about SET version = version + 1", database.rpartition("/")[2])
+    newer = command(folders, "db", "upgrade")
+    assert newer.returncode == 69, newer.stderr
+    assert "run the newer version of imagewatch" in newer.stderr
+
+
 def test_a_database_with_another_encoding_is_refused(daemon: Callable[..., Folders], postgres: Server) -> None:
     name = "latin"
     postgres.psql(f"CREATE DATABASE {name} OWNER {OWNER} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
@@ -138,7 +154,7 @@ def test_a_name_that_a_running_daemon_has_is_refused(daemon: Callable[..., Folde
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Callable[[Folders], socket.socket]]:
-    """Return a function that lets a daemon believe that systemd has started it; what it reports can be received."""
+    """Return a function that makes a daemon report to systemd, as a service; what it reports can be received."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(30)

@@ -76,7 +76,7 @@ class World:
         return daemon
 
     def finish(self, daemon: LoggedDaemon, most_unknown: int) -> None:
-        """Let the daemon carry on, end it, and check everything."""
+        """Let the daemon continue, end it, and check everything."""
         until(lambda: daemon.events("started") or daemon.process.poll() is not None)
         if daemon.process.poll() is not None:  # it could not start, and the service manager starts it again
             daemon = self.start("none", 0)

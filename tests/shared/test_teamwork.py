@@ -8,11 +8,12 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from support import noon
 from support.daemon import command, until
 from support.team import LEASE, Member, Team
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from support.postgres import Server
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 LATE = LEASE + 10
-"""How long after a kill others may take to carry on, seconds."""
+"""How long after a kill others may take to continue, seconds."""
 PATIENT = {"endpoint__timeout_seconds": "60", "endpoint__deadline_seconds": "60"}
 """For daemons whose requests wait in the endpoint until the test lets it answer."""
 
@@ -30,8 +31,9 @@ def make(tmp_path: Path, postgres: Server, sandbox: Sandbox) -> Iterator[Callabl
     """Start daemons of one inbox; the first one leads."""
     made: list[Team] = []
 
-    def start(*names: str, **settings: str) -> Team:
+    def start(*names: str, environ: Mapping[str, str] = {}, **settings: str) -> Team:
         made.append(Team(tmp_path, postgres, sandbox, **settings))
+        made[0].folders.environ |= environ
         for name in names:
             member = made[0].member(name)
             member.start().wait_for("started")
@@ -111,16 +113,35 @@ def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_im
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     assert sandbox.wait_for_requests(4, 20)
     assert not sandbox.wait_for_requests(5, 1), "no daemon sends more than limits.concurrency at the same time"
+    assert one.log is not None
+    assert two.log is not None
+    assert (len(one.events("leader_started")), two.events("leader_started")) == (1, [])
     one.signal(signal.SIGTERM)
     until(lambda: team.leader() == "two", LEASE / 2)
+    two.log.wait_for("leader_started")
     sandbox.release()
-    assert one.log is not None
     assert one.log.end() == 0
     completed(team, 12)
     assert len(one.events("completed")) == 2
-    assert two.log is not None
     two.log.wait_for("completed", 10)
     assert sandbox.report()["requests"] == 12
+
+
+def test_a_prompt_that_waits_for_its_next_attempt_is_sent_by_another_daemon_when_its_own_is_stopped(
+    make: Callable[..., Team], sandbox: Sandbox
+) -> None:
+    team = make("one", "two", retry__initial_seconds="30", retry__max_seconds="30")
+    one, two = team.members.values()
+    two.signal(signal.SIGSTOP)
+    team.folders.prompt("cat", "a cat [sandbox: once 429-plain]")
+    assert sandbox.wait_for_requests(1, 20)
+    until(lambda: not team.in_flight())
+    two.signal(signal.SIGCONT)
+    assert one.stop() == 0
+    until(lambda: two.events("taken_over"), LEASE / 2)
+    one.start()  # its state folder still has the response that was free
+    completed(team, 1)
+    assert sandbox.report()["requests"] == 2
 
 
 def test_a_leader_without_the_shared_folder_lets_another_one_lead(
@@ -131,9 +152,11 @@ def test_a_leader_without_the_shared_folder_lets_another_one_lead(
     one = team.member("one", folders__root=str(tmp_path / "mount"), inbox__rescan_seconds="1")
     one.start().wait_for("started")
     until(lambda: team.leader() == "one")
-    team.member("two").start().wait_for("started")
+    two = team.member("two")
+    two.start().wait_for("started")
     (tmp_path / "mount").unlink()
     until(lambda: team.leader() == "two", LATE)
+    until(lambda: one.events("leader_ended") and two.events("leader_started"))
     team.folders.prompt("cat", "a cat")
     completed(team, 1)
     assert sandbox.report()["requests"] == 1
@@ -143,7 +166,8 @@ def test_a_leader_without_the_shared_folder_lets_another_one_lead(
 
 
 def test_a_cap_is_not_exceeded_by_three_daemons(make: Callable[..., Team], sandbox: Sandbox) -> None:
-    team = make("one", "two", "three", limits__credits_per_day="300", limits__assumed_credits="30")
+    limits = {"limits__credits_per_day": "300", "limits__assumed_credits": "30"}
+    team = make("one", "two", "three", environ=noon.environ(), **limits)
     for number in range(20):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
     until(lambda: len(team.folders.finished()) == 10)
@@ -165,7 +189,8 @@ def test_requests_in_a_minute_are_counted_over_all_daemons(make: Callable[..., T
 
 
 def test_a_budget_of_a_folder_concerns_only_its_prompts(make: Callable[..., Team], sandbox: Sandbox) -> None:
-    team = make("one", "two", "three", budgets__ann__credits_per_day="60", limits__assumed_credits="30")
+    limits = {"budgets__ann__credits_per_day": "60", "limits__assumed_credits": "30"}
+    team = make("one", "two", "three", environ=noon.environ(), **limits)
     for number in range(6):
         team.folders.prompt(f"ann/cat{number}", f"a cat {number}")
         team.folders.prompt(f"bob/dog{number}", f"a dog {number}")

@@ -11,6 +11,7 @@ from imagewatch.daemon.loop import Daemon
 from imagewatch.job import common_steps
 from imagewatch.journal.holds import Holds
 from imagewatch.system import log
+from support import noon
 
 if TYPE_CHECKING:
     from imagewatch.config.schema import Config
@@ -22,5 +23,6 @@ def _config() -> Config:
 
 if __name__ == "__main__":
     common_steps._GRACE_SECONDS = 1.0
+    noon.apply()
     log.configure("info", "json")
     sys.exit(Daemon(_config(), os.environ, reload=_config, holds=Holds(first_seconds=0.5)).run())

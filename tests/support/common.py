@@ -51,7 +51,7 @@ class Member(Folders):
         self.environ |= {**given, "IMAGEWATCH_FOLDERS__STATE": str(self.state), "STEPS_FILE": str(self.steps_file)}
 
     def go(self) -> None:
-        """Let a thread that waits before a step go on."""
+        """Let a thread that waits before a step continue."""
         Path(f"{self.steps_file}.go").touch()
 
     def stopped(self) -> int:
@@ -199,7 +199,7 @@ class Inbox:
 
 
 def wait_for_stop(daemon: LoggedDaemon, is_over: Callable[[], bool]) -> bool:
-    """Wait until a process has stopped or died; return whether it has, and did not finish its job before."""
+    """Wait until a process has stopped or was killed; return whether it has, and did not finish its job before."""
     stopped: list[bool] = []
 
     def is_there() -> bool:

@@ -138,7 +138,7 @@ if __name__ == "__main__":
     common_steps._GRACE_SECONDS = 1.0
     _watch_changes()
     _watch_request()
-    for owner, name in ((Common, "take"), (Common, "take_over"), (Handover, "fence")):
+    for owner, name in ((Common, "take"), (Common, "take_over"), (Handover, "fence"), (Handover, "give_back_late")):
         _counting(owner, name)
     log.configure("info", "json")
     config = load(None, os.environ)

@@ -135,6 +135,7 @@ class Container:
         # Not the editable install of the test's own environment, which leads out of what a service may see.
         shutil.copytree(ROOT / "imagewatch", self._site / "imagewatch", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "config.example.toml", self._site / "imagewatch")
+        shutil.copytree(ROOT / "systemd", self._site / "imagewatch/systemd")
         compileall.compile_dir(self._site, quiet=1)
         self.put("/etc/systemd/system/tests.target", _BASE_TARGET)
         self.put("/etc/systemd/journald.conf.d/tests.conf", "[Journal]\nStorage=volatile\nRateLimitBurst=0\n")

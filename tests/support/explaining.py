@@ -75,8 +75,8 @@ def _node(condition: Any) -> ast.Lambda | ast.FunctionDef | None:
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda | ast.FunctionDef)]
     of_line = [node for node in nodes if node.lineno == code.co_firstlineno and _name(node) == code.co_name]
     if len(of_line) > 1:  # several lambdas in a line: the one in which the first instruction is
-        first = next((line, column) for line, _, column, _ in code.co_positions() if column)
-        of_line = [node for node in of_line if isinstance(node, ast.Lambda) and _contains(node.body, first)]
+        first = next(((line, column) for line, _, column, _ in code.co_positions() if column), None)
+        of_line = [node for node in of_line if isinstance(node, ast.Lambda) and _has_begun(node.body, first)]
     return of_line[0] if of_line else None
 
 
@@ -84,5 +84,7 @@ def _name(node: ast.Lambda | ast.FunctionDef) -> str:
     return "<lambda>" if isinstance(node, ast.Lambda) else node.name
 
 
-def _contains(node: ast.expr, place: tuple[int | None, int]) -> bool:
+def _has_begun(node: ast.expr, place: tuple[int | None, int] | None) -> bool:
+    if place is None:  # in Python 3.12, that of a constant
+        return isinstance(node, ast.Constant)
     return (node.lineno, node.col_offset) <= place < (node.end_lineno, node.end_col_offset)

@@ -34,7 +34,7 @@ class _Way:
     """One direction of a connection: what has come from one side and is not yet at the other.
 
     Attributes:
-        held: When each part may go on, and the part; an empty part is the end.
+        held: When each part may continue, and the part; an empty part is the end.
         is_open: More may come.
         is_ended: The other side has received the end, or takes no more.
     """
@@ -76,7 +76,7 @@ class _Way:
         return sent
 
     def hurry(self) -> None:
-        """What is held may go on now."""
+        """What is held may continue now."""
         self.held = deque((0.0, data) for _, data in self.held)
 
     def end(self) -> int:
@@ -91,7 +91,7 @@ class _Connection:
     """A client, the server, and both directions between them.
 
     Attributes:
-        passed: What the client has said since the mode last changed.
+        passed: What the client has sent since the mode last changed.
         answered: What the server has answered since its answers are lost.
         is_lossy: Answers are lost, and after the first whole one the client.
         has_lost: An answer was lost.
@@ -149,7 +149,7 @@ class Proxy:
         self.port, self._server_port = free_port(), server_port
         self._connections: list[_Connection] = []
         self._ended: list[bytearray] = []
-        """What clients have said on connections that are over."""
+        """What clients have sent on connections that are over."""
         self._listener: socket.socket | None = None
         self._asked: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._waking, self._wake = socket.socketpair()
@@ -340,12 +340,12 @@ class Proxy:
             if not one.is_left:
                 one.back.send(now)
 
-    def _pass(self, one: _Connection, said: bytes) -> None:
-        """Note what a client has said."""
-        if said:
+    def _pass(self, one: _Connection, sent: bytes) -> None:
+        """Note what a client has sent."""
+        if sent:
             with self._passing:
                 before = len(one.passed)
-                one.passed += said
+                one.passed += sent
                 self._passing.notify_all()
             if self._marker and one.passed.find(self._marker, max(0, before - len(self._marker))) >= 0:
                 self._marker, one.is_lossy = b"", True

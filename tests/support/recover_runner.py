@@ -14,13 +14,13 @@ from imagewatch.journal.journal import Journal
 STEPS = {"spend": Journal, "decide": Journal, "keep": Delivery}
 
 
-def die(*_arguments: object, **_options: object) -> NoReturn:
+def kill_itself(*_arguments: object, **_options: object) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise SystemExit
 
 
 if __name__ == "__main__":
     step = sys.argv[1]
-    setattr(STEPS[step], step, die)
+    setattr(STEPS[step], step, kill_itself)
     sys.argv[1:] = ["run"]
     main()

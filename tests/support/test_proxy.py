@@ -35,7 +35,7 @@ def table(database):
 
 @pytest.fixture
 def behind():
-    """Do something in a thread while the test goes on."""
+    """Do something in a thread while the test continues."""
     with ThreadPoolExecutor() as pool:
         yield pool.submit
 
@@ -140,7 +140,7 @@ def test_the_reply_of_one_commit_is_lost_though_it_was_made(table, proxy):
     assert kept(uri) == [1, 2]
 
 
-def test_a_server_that_dies_instead_of_a_lost_reply_closes_the_connection(own_postgres):
+def test_a_server_that_ends_instead_of_a_lost_reply_closes_the_connection(own_postgres):
     with Proxy(own_postgres.port) as proxy, connected(proxy.through(own_postgres.database())) as connection:
         proxy.swallow_reply_of(b"pg_sleep")
         connection.pgconn.send_query(b"SELECT pg_sleep(600)")

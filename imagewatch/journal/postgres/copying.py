@@ -24,7 +24,7 @@ from imagewatch.journal.postgres.faults import text_of, translated, uncertain
 from imagewatch.journal.postgres.session import Session
 from imagewatch.journal.schema import COLUMNS
 from imagewatch.system.errors import SpoolError
-from imagewatch.system.text import printable
+from imagewatch.system.text import counted, printable
 
 if TYPE_CHECKING:
     import sqlite3
@@ -55,8 +55,18 @@ LEFT: Final = "its daemon has left the account; whether it was charged is in its
 _PAGE: Final = 5000
 _ACCOUNT: Final = "account = current_setting('imagewatch.account')"
 _OWN: Final = f"{_ACCOUNT} AND instance = current_setting('imagewatch.instance')"
+_HERE: Final = f"{_OWN} AND inbox = current_setting('imagewatch.inbox')"
+"""What a daemon has added to a common inbox before concerns the daemons of that."""
 _NAMES: Final = ", ".join(COLUMNS)
 _TAKEN_ALONG: Final = "(outcome <> 'sent' OR instance = current_setting('imagewatch.instance'))"
+_ELSEWHERE: Final = """
+    SELECT count(*) FROM imagewatch.jobs AS j WHERE account = current_setting('imagewatch.account')
+    AND inbox <> current_setting('imagewatch.inbox') AND state NOT IN ('done', 'kept')
+    AND (holder = current_setting('imagewatch.instance') OR EXISTS (
+        SELECT 1 FROM imagewatch.attempts AS a
+        WHERE a.job = j.id AND a.answer_on = current_setting('imagewatch.instance')
+    ))"""
+"""Jobs of another inbox that the daemon has, or of which it alone has the response."""
 _SETTINGS: Final = {"lock_timeout": "30s", "idle_in_transaction_session_timeout": "10min"}
 
 
@@ -219,7 +229,7 @@ def _upload(
         for row in found:
             copy.write_row([convert(row[one], kinds[one], f"{name}.{one}") for one in columns])
             count += 1
-    arrived = _number(session, f"SELECT count(*) FROM {target}" + ("" if into else f" WHERE {_OWN}"))  # noqa: S608
+    arrived = _number(session, f"SELECT count(*) FROM {target}" + ("" if into else f" WHERE {_HERE}"))  # noqa: S608
     if arrived != count:
         raise different(f"{count} rows of {name}", f"{arrived}")
     return count
@@ -296,6 +306,18 @@ def _add_prices(session: Session, rows: Iterable[Any], convert: Converter) -> No
 # To SQLite
 
 
+def require_no_other_inbox(session: Session) -> None:
+    """Make sure that nothing in the state folder belongs to open jobs of a common inbox that the daemon was in.
+
+    Raises:
+        SpoolError: Something does.
+    """
+    if count := _number(session, _ELSEWHERE):
+        why = f"this daemon still has {counted(count, 'job')} of a common inbox"
+        hint = "set shared.inbox again and let the daemons finish; then remove it and run this again"
+        raise SpoolError(why, hint=hint)
+
+
 def to_sqlite(session: Session, file: sqlite3.Connection) -> Copied:
     """Copy the journal of the daemon into an empty file with tables; in the transaction of ``locked``.
 
@@ -367,8 +389,8 @@ def leave(session: Session) -> None:
         "AND outcome = 'sent'",
         (LEFT,),
     )
-    for table in ("events", "requests", "jobs", "meta"):
-        session.execute(f"DELETE FROM imagewatch.{table} WHERE {_OWN}")  # noqa: S608  our own names
+    for table, rows in (("events", _OWN), ("meta", _OWN), ("requests", _HERE), ("jobs", _HERE)):
+        session.execute(f"DELETE FROM imagewatch.{table} WHERE {rows}")  # noqa: S608  our own names
     for table in ("holds", "announced"):
         session.execute(f"DELETE FROM imagewatch.{table} WHERE {_OWN} AND scope <> ''")  # noqa: S608
     own = f"{_ACCOUNT} AND name = current_setting('imagewatch.instance')"

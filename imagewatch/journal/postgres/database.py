@@ -16,7 +16,17 @@ import psycopg
 
 from imagewatch import __version__
 from imagewatch.journal.postgres.checks import pooler, require_usable, unusable
-from imagewatch.journal.postgres.faults import AGAIN, lacking, not_answering, replaced, text_of, translated, uncertain
+from imagewatch.journal.postgres.faults import (
+    AGAIN,
+    earlier,
+    lacking,
+    no_thread,
+    not_answering,
+    replaced,
+    text_of,
+    translated,
+    uncertain,
+)
 from imagewatch.journal.postgres.presence import Presence
 from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
 from imagewatch.system.errors import AlreadyRunning, SpoolError
@@ -204,11 +214,10 @@ class PostgresDatabase:
         change = _Change(act, synced=synced, locked=locked)
         with self._state:
             self._require_answering()
-            self._waiting.append(change)
             if self._thread is None:
                 self._is_closed = False
-                self._thread = threading.Thread(target=self._run, name="database", daemon=True)
-                self._thread.start()
+                self._thread = _started(self._run)
+            self._waiting.append(change)
             self._state.notify_all()
         if not change.is_over.wait(self._patience):
             self._give_up(change)
@@ -242,8 +251,9 @@ class PostgresDatabase:
                 self._state.wait_for(lambda: self._waiting or self._is_closed)
                 changes, self._waiting = self._waiting, []
                 if not changes:
+                    self._close_writer()  # before a change can start another thread, which uses it
                     self._thread = None
-                    break
+                    return
                 self._busy_since = time.monotonic()
             try:
                 self._write(changes)
@@ -252,7 +262,6 @@ class PostgresDatabase:
                     change.error = error
             for change in changes:
                 change.is_over.set()
-        self._close_writer()
 
     def _write(self, changes: list[_Change]) -> None:
         for last in (*[False] * _TRIES, True):
@@ -264,7 +273,7 @@ class PostgresDatabase:
             except psycopg.Error as error:
                 self._close_writer()
                 raise translated(error) from error
-            except SpoolError:
+            except BaseException:  # the transaction may be open
                 self._close_writer()
                 raise
             else:
@@ -301,6 +310,8 @@ class PostgresDatabase:
             return
         if found is None or (found["recorded"] or 0) < self._recorded:
             raise lacking()
+        if (found["incarnation"] or 0) < self.incarnation:
+            raise earlier()
         if found["incarnation"] != self.incarnation:
             raise replaced()
         self._set_clock(found["at"])
@@ -445,10 +456,10 @@ class PostgresDatabase:
             on_change: Called in another thread.
             on_offer: Called in another thread when a prompt of the inbox is offered.
         """
-        interval = min(self._lease / 4, _SEEN_SECONDS)
-        self._presence = Presence(
-            self.place, self.incarnation, interval, page, tick, on_change, on_offer, self._replaced.set
-        )
+        interval, on_replaced = min(self._lease / 4, _SEEN_SECONDS), self._replaced.set
+        if not self.is_common:  # its jobs stay its own: a response that arrives now is still recorded and published
+            on_replaced = _nothing
+        self._presence = Presence(self.place, self.incarnation, interval, page, tick, on_change, on_offer, on_replaced)
 
     def unregister(self) -> None:
         """Note that the daemon ends."""
@@ -465,13 +476,7 @@ class PostgresDatabase:
         Raises:
             DatabaseError: They cannot; the message has the cause.
         """
-        self.change(self._prove, locked=True)
-
-    @staticmethod
-    def _prove(connection: Connection) -> None:
-        change = "UPDATE meta SET value = ? WHERE name = 'proved'"
-        if not connection.execute(change, (f"{time.time():.0f}",)).rowcount:
-            connection.execute("INSERT INTO meta (name, value) VALUES ('proved', '')")
+        self.change(_prove, locked=True)
 
     def accept(self) -> None:
         """Use what is there: an empty one cannot take the place of a shared database.
@@ -495,6 +500,25 @@ class PostgresDatabase:
             thread.join(_CLOSE_SECONDS)
         with self._read_lock:
             self._close_reader()
+
+
+def _started(run: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=run, name="database", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise no_thread(error) from error
+    return thread
+
+
+def _nothing() -> None:
+    pass
+
+
+def _prove(connection: Connection) -> None:
+    change = "UPDATE meta SET value = ? WHERE name = 'proved'"
+    if not connection.execute(change, (f"{time.time():.0f}",)).rowcount:
+        connection.execute("INSERT INTO meta (name, value) VALUES ('proved', '')")
 
 
 def _apply(writer: Session, change: _Change) -> None:

@@ -11,6 +11,10 @@ from imagewatch.system.errors import DatabaseError, UncertainError
 from imagewatch.system.text import printable
 
 _CHECK = "check the server and the network (imagewatch db check); the daemon resumes automatically"
+_RECOVER = (
+    "put the newer database back; or stop all daemons of the account, and write the missing rows again on each "
+    "host: imagewatch db recover, then imagewatch db recover --yes"
+)
 _CAUSES: dict[type[psycopg.Error], tuple[str, str]] = {
     psycopg.errors.UndefinedTable: ("has no tables of imagewatch", "create them: imagewatch db init"),
     psycopg.errors.InvalidSchemaName: ("has no tables of imagewatch", "create them: imagewatch db init"),
@@ -38,7 +42,7 @@ _AT_CONNECT = (
     (
         re.compile("no password supplied"),
         "needs a password, and this process has none",
-        "put it into ~/.pgpass, or run the command with the credential database_password (docs/several-hosts.md)",
+        "put it into ~/.pgpass, or run the command with the credential database_password (docs/howto/several-hosts.md)",
     ),
     (re.compile("password authentication failed"), "refuses the password", _ACCESS),
     (re.compile("no pg_hba.conf entry"), "refuses the user", _USER),
@@ -77,13 +81,19 @@ def translated(error: psycopg.Error) -> DatabaseError:
 def uncertain(why: str) -> UncertainError:
     """Return the error for a change of which it is not known whether it was written."""
     message = f"it is not known whether the shared database has written a change: {why}"
-    return UncertainError(message, code=errno.EIO, hint=_CHECK)
+    return UncertainError(message, code=errno.EIO, hint=f"{_CHECK}; after a command: run it again")
 
 
 def not_answering(seconds: float) -> DatabaseError:
     """Return the error for a database that has not answered for so many seconds."""
     message = f"the shared database has not answered for {seconds:.0f} seconds"
     return DatabaseError(message, code=errno.EIO, hint=_CHECK)
+
+
+def no_thread(error: RuntimeError) -> DatabaseError:
+    """Return the error for a daemon that cannot start the thread that writes."""
+    hint = "allow the daemon more threads (TasksMax= of the unit, or ulimit -u); the daemon resumes automatically"
+    return DatabaseError(f"the shared database cannot be written: {error}", code=errno.EIO, hint=hint)
 
 
 def replaced() -> DatabaseError:
@@ -99,11 +109,17 @@ def lacking() -> DatabaseError:
         "the shared database lacks the newest requests of this daemon: it was restored from a backup, or a standby "
         "without them has taken over"
     )
-    hint = (
-        "put the newer database back; or stop all daemons of the account, and write the missing rows again on each "
-        "host: imagewatch db recover, then imagewatch db recover --yes"
-    )
+    hint = f"{_RECOVER}; or accept what is there: imagewatch release --accept-new-ledger, then restart the daemon"
     return DatabaseError(message, code=errno.ESTALE, hint=hint)
+
+
+def earlier() -> DatabaseError:
+    """Return the error for a database that has all attempts of this daemon, and lacks its latest start."""
+    message = (
+        "the shared database lacks the latest start of this daemon: it was restored from a backup, or a standby "
+        "without it has taken over"
+    )
+    return DatabaseError(message, code=errno.ESTALE, hint=f"{_RECOVER}, and start them again")
 
 
 def text_of(error: psycopg.Error) -> str:

@@ -12,16 +12,18 @@ import time
 from typing import TYPE_CHECKING
 
 import psycopg
+import structlog
 
 from imagewatch.journal.postgres.schema import CHANNEL, OFFERS
 from imagewatch.journal.postgres.session import Session
-from imagewatch.system.errors import DatabaseError
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from imagewatch.journal.postgres.place import Place
 
+_log = structlog.get_logger()
 _RETRY_SECONDS = 5.0
 _STEP_SECONDS = 1.0
 """How often the thread checks whether it is to end, seconds."""
@@ -80,10 +82,14 @@ class Presence:
 
     def _run(self) -> None:
         while not self._end.is_set():
-            with contextlib.suppress(psycopg.Error, DatabaseError):
+            try:
                 session = Session(self._place, "presence", {"statement_timeout": "10s"})
                 with contextlib.closing(session):
                     self._stay(session)
+            except (psycopg.Error, SpoolError):
+                pass  # what uses the database reports it
+            except Exception:  # noqa: BLE001  the next time may not hit it
+                _log.exception("internal_error", next="report this as a bug")
             self._on_change()
             self._end.wait(_RETRY_SECONDS)
 

@@ -223,16 +223,17 @@ class Session:
 
         Args:
             on_silence: Called from time to time while the server does not answer; it raises an error to wait no
-                longer.
+                longer. Without, it is as for other statements.
 
         Raises:
             psycopg.Error: It was undone, or it is not known whether it was.
         """
-        self._connection.on_silence = on_silence
+        before = self._connection.on_silence
+        self._connection.on_silence = on_silence or before
         try:
             status = self.execute("COMMIT").statusmessage
         finally:
-            self._connection.on_silence = None
+            self._connection.on_silence = before
         if status != "COMMIT":
             raise psycopg.errors.InFailedSqlTransaction(f"the server undid the transaction ({status})")
 
