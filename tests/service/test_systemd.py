@@ -35,7 +35,7 @@ UNITS = ROOT / "systemd"
 ALL = "".join(path.read_text() for path in pages())
 BLOCKS = {name: text for name, text in marked("sh").items() if not name.startswith(("deb_", "image_"))}
 """Of all pages; another test runs those of other kinds."""
-EXPOSURE = {"imagewatch": 11, "imagewatch-gallery": 2}  # tenths
+EXPOSURE = {"imagewatch": 12, "imagewatch-gallery": 2}  # tenths
 WATCHDOG_SECONDS = 4
 """For a daemon that must not be killed: half of it is left to a busy machine."""
 DROP_IN = "[Service]\nRestartSec=100ms\n[Unit]\nStartLimitBurst=1000\n"
@@ -314,6 +314,7 @@ def test_the_service_is_ready_only_after_its_first_scan(started):
 def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoint):
     started.prompt("cats/cat", "A cat on a mat")  # a folder of her own, by her umask
     assert started.receipt("cats/cat")["charged"] == "yes"
+    assert started.receipt("cats/cat")["owner"] == "colleague"
     assert endpoint.calls("A cat on a mat") == 1
     image = next(started.path("outbox/cats").glob("cat.*g")).name
     inside = f"{started.root}/outbox/cats/{image}"
