@@ -13,8 +13,8 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import stat
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.claimed import MARK, looks_like_claims, mark_in
@@ -184,7 +184,7 @@ class Claims:
 
     def _new_mark(self, folder: Descriptor) -> str:
         """Mark a folder; return its mark, which another daemon of a common inbox may have set just before."""
-        mark, path = secrets.token_hex(16), os.path.join(self.path, MARK)
+        mark, path = token_hex(16), os.path.join(self.path, MARK)
         self._disk.unlink(f"{path}.tmp")  # of an earlier version that was killed
         with contextlib.suppress(FileExistsError):
             # Under the name of a test file, which a start removes if this process is killed.
@@ -219,7 +219,7 @@ class Claims:
         Raises:
             SpoolError: No file can be created.
         """
-        path = os.path.join(self._inbox, PROBE + secrets.token_hex(8))
+        path = os.path.join(self._inbox, PROBE + token_hex(8))
         try:
             with self._disk.create(path, 0o600) as file:
                 status = os.fstat(file.fileno())

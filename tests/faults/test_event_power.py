@@ -16,7 +16,7 @@ from support.losing import Losing
 
 from faults import test_power
 from faults.test_power import ALL_CUTS, SCENES, Audit, Stage, explore
-from imagewatch.job import record
+from imagewatch.job import claims, record
 from imagewatch.job.record import Record
 from imagewatch.journal import events
 from imagewatch.journal.events import Events
@@ -106,7 +106,8 @@ def _name(file: str, one: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def _prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(record, "token_hex", lambda _: "0" * 16)
+    for module in (record, claims):
+        monkeypatch.setattr(module, "token_hex", lambda _: "0" * 16)
     monkeypatch.setattr(test_power, "Audit", NotifiedAudit)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     yield

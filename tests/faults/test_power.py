@@ -30,7 +30,7 @@ from support.station import Distrustful
 from imagewatch.endpoint import pictures
 from imagewatch.endpoint.frames import Frames
 from imagewatch.inbox.scan import InboxScan
-from imagewatch.job import record
+from imagewatch.job import claims, record
 from imagewatch.job.completion import Completion
 from imagewatch.job.originals import Originals
 from imagewatch.job.outcome import End
@@ -460,8 +460,9 @@ class Audit:
 
 @pytest.fixture(autouse=True)
 def _same_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each attempt has the nonce that it had when the scene was played before, so that states can be compared."""
-    monkeypatch.setattr(record, "token_hex", lambda _: "0" * 16)
+    """All that is random is as it was when the scene was played before, so that states can be compared."""
+    for module in (record, claims):
+        monkeypatch.setattr(module, "token_hex", lambda _: "0" * 16)
 
 
 @pytest.fixture(autouse=True)
