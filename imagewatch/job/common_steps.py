@@ -154,7 +154,7 @@ class CommonSteps:
         """
         if not self.is_on or not (responses := record.responses()) or self._journal.is_over(record.job):
             return False
-        return bool(self._common.open_attempts(record.job, responses))
+        return not self._common.was_deleted(record.job, responses)
 
     def wait_for(self, job: str, attempt: int) -> float:
         """Return for how many seconds another daemon may still report the result of an attempt; 0: not any more.
@@ -166,9 +166,15 @@ class CommonSteps:
             return 0.0
         if sent.answer_on and sent.answer_on != self._common.instance and not sent.is_forgotten:
             return _POLL_SECONDS
-        if sent.instance == self._common.instance or self._clock() >= sent.sent_at + self._longest:
+        if self._clock() >= sent.sent_at + self._longest:
             return 0.0
-        return _POLL_SECONDS
+        is_own = sent.instance == self._common.instance and not self._is_of_another(job, attempt)
+        return 0.0 if is_own else _POLL_SECONDS
+
+    def _is_of_another(self, job: str, attempt: int) -> bool:
+        """Return whether another daemon has sent an attempt whose row this one has written again."""
+        witnesses = [one for one in self._handover.witnesses(job) if one.attempt == attempt]
+        return any(one.instance not in {"", self._common.instance} for one in witnesses)
 
     # A job that another daemon has
 
@@ -261,7 +267,7 @@ class CommonSteps:
         witnesses = self._handover.witnesses(job, name)
         claims = [(witness, witness.claim) for witness in witnesses if witness.claim]
         path = printable(os.path.join(self._spool.claims, name))
-        if witnesses and not self._common.open_attempts(job, [witness.attempt for witness in witnesses]):
+        if witnesses and self._common.was_deleted(job, [witness.attempt for witness in witnesses]):
             # The job was over for so long that the database has only its results.
             self._orphans.add(name)
             _log.error("stuck", job=job, reason=f"{path} is left of a job that is over", next=_REMOVE)

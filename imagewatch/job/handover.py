@@ -86,17 +86,23 @@ class Handover:
     def fence(self, job: str) -> None:
         """Empty the claim folders of earlier epochs of a job that was taken over into that of its own, and remove them.
 
-        Once for each epoch: after that no older folder has anything that counts. They are removed and not renamed: a
-        daemon on another host that has one open, or whose kernel remembers its name (NFS), would still use it.
+        Once for each epoch, as long as the folder is there: after that no older folder has anything that counts. They
+        are removed and not renamed: a daemon on another host that has one open, or whose kernel remembers its name
+        (NFS), would still use it.
 
         Raises:
+            LostJobError: Another daemon has the job.
             SpoolError: The disk failed.
         """
         epoch, target = self._common.epoch(job), self._folders.claim_folder(job)
-        if self._fenced.get(job) == epoch:
+        if self._fenced.get(job) == epoch and self._folders.tops.exists(target):
             return
         self._folders.ensure_claims()
-        for name in self._older(job):
+        folders = self._of(job)
+        if (newest := max(folders.values(), default=0)) > epoch:  # the database has lost that it was taken over
+            self._common.pass_epoch(job, newest)
+            epoch, target = self._common.epoch(job), self._folders.claim_folder(job)
+        for name in sorted((one for one in folders if folders[one] < epoch), key=folders.__getitem__, reverse=True):
             self._disk.make_folder(target)
             self._empty(os.path.join(self._folders.claims, name), target)
         self._disk.sync_folder(self._folders.claims)
@@ -138,14 +144,9 @@ class Handover:
                 raise
             self._disk.unlink(source)
 
-    def _older(self, job: str) -> list[str]:
-        """Return the claim folders of a job with earlier epochs, the newest first.
-
-        A later one is not touched: another daemon has it.
-        """
-        own = self._common.epoch(job)
-        older = {name: epoch for name, epoch in self.claimed().items() if name.partition(".")[0] == job and epoch < own}
-        return sorted(older, key=older.__getitem__, reverse=True)
+    def _of(self, job: str) -> dict[str, int]:
+        """Return the names of the claim folders of a job, and the epoch of each."""
+        return {name: epoch for name, epoch in self.claimed().items() if name.partition(".")[0] == job}
 
     def claimed(self) -> dict[str, int]:
         """Return the names of all claim folders, and the epoch of each.
@@ -158,8 +159,8 @@ class Handover:
         return {name: found[1] for name in names if (found := job_and_epoch(name)) is not None}
 
     def holds(self, job: str) -> bool:
-        """Return whether there is anything in the claim folder of a job."""
-        return bool(self._names(job))
+        """Return whether there is anything in a claim folder of a job, of whichever epoch."""
+        return any(self._names_in(os.path.join(self._folders.claims, name)) for name in self._of(job))
 
     def give_back_late(self, name: str, folder: str) -> None:
         """Put back into the inbox what was claimed after another daemon had taken the job over: nothing of it was sent.
@@ -210,8 +211,7 @@ class Handover:
         Raises:
             SpoolError: The folder cannot be read.
         """
-        folders = [name for name in self.claimed() if name.partition(".")[0] == job]
-        paths = [os.path.join(self._folders.claims, folder) for folder in folders]
+        paths = [os.path.join(self._folders.claims, folder) for folder in self._of(job)]
         return any(response_number(name) for path in paths for name in self._names_in(path))
 
     def clear(self, job: str, *, keep: bool = False) -> None:

@@ -21,7 +21,7 @@ from imagewatch.job.rules import State
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system import leftovers
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import DamagedJobError, SpoolError
+from imagewatch.system.errors import DamagedJobError, LostJobError, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,7 +72,8 @@ class Spool(JobFolders):
         """The same for an inbox that other daemons process, too: only what this daemon has, or alone has."""
         own = list(self.journal.common.own())
         for job in own:
-            self.handover.fence(job)
+            with contextlib.suppress(LostJobError):  # its worker finds that out, too
+                self.handover.fence(job)
         with disk_errors(self.answers, "list the folder"):
             answered = {name.partition(".")[0] for name in self.tops.names(self.answers)}
         self._remove_temporaries(own)

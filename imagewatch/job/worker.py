@@ -134,7 +134,10 @@ class Worker:
             return common.hand_over(job_id)
         record = self._spool.record(job_id)
         if common.is_on:
-            self._spool.handover.fence(job_id)
+            try:
+                self._spool.handover.fence(job_id)
+            except LostJobError:
+                return common.hand_over(job_id)
             self._spool.handover.fetch(record)
         claim = record.claim()
         if claim is None and self._journal.is_over(job_id):

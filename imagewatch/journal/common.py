@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from imagewatch.journal.row import OVER_SECONDS
 from imagewatch.protocol.values import Claim, dump, load
 from imagewatch.system.errors import LostJobError, Withdrawn
 
@@ -95,6 +96,10 @@ _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
 _ENDED = "SELECT attempt FROM attempts WHERE job = ? AND outcome NOT IN ('sent', 'unknown')"
+_ANY_RECENT = f"""
+    SELECT 1 FROM attempts WHERE job = ? AND greatest(claimed_at, sent_at, answered_at) >= {_NOW} - ?
+    LIMIT 1"""  # noqa: S608
+_NEXT_EPOCH = "UPDATE own_jobs SET epoch = ? WHERE id = ? AND epoch = ? AND state <> 'done'"
 _PLACE = "SELECT folder, state FROM inbox_jobs WHERE id = ?"
 _MARGIN = 0.8
 """Of a lease: after so much of it without a sign of the database a job is not sent any more."""
@@ -309,6 +314,18 @@ class Common:
         self._epochs.pop(job, None)
         self._renewed.pop(job, None)
 
+    def pass_epoch(self, job: str, epoch: int) -> None:
+        """Give a job of this daemon a later epoch than one that the database has lost.
+
+        Raises:
+            LostJobError: Another daemon has the job.
+            SpoolError: The database cannot be used.
+        """
+        values = epoch + 1, job, self.epoch(job)
+        if not self._file.change(lambda one: one.execute(_NEXT_EPOCH, values).rowcount):
+            raise lost(job)
+        self._epochs[job] = epoch + 1
+
     # Holding
 
     def renew(self) -> Collection[str]:
@@ -420,6 +437,21 @@ class Common:
         with self._file.using() as connection:
             rows = connection.execute(_ENDED, (job,)).fetchall()
         return sorted(set(attempts).difference(row["attempt"] for row in rows))
+
+    def was_deleted(self, job: str, attempts: list[int]) -> bool:
+        """Return whether a job without a row was over for so long that its row was deleted; else that is lost.
+
+        Args:
+            job: Its id.
+            attempts: Those that the folders show.
+
+        Raises:
+            SpoolError: The database cannot be used.
+        """
+        with self._file.using() as connection:
+            if connection.execute(_ANY_RECENT, (job, OVER_SECONDS)).fetchone():
+                return False
+        return not self.open_attempts(job, attempts)
 
     def answer_is_here(self, job: str, attempt: int) -> None:
         """Note that only this daemon has the response: it could not be copied into the claim folder.

@@ -6,7 +6,7 @@ import abc
 import contextlib
 from typing import TYPE_CHECKING
 
-from imagewatch.journal.row import LOST, AttemptRow, JobRow
+from imagewatch.journal.row import LOST, OVER_SECONDS, AttemptRow, JobRow
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.values import Claim, Sent, load, load_decision
 from imagewatch.system.errors import DamagedJobError
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from imagewatch.journal.ledger import Ledger
     from imagewatch.journal.row import Row
 
-_OVER_SECONDS = 7 * 86_400.0
-"""How long a job is known after it is over, seconds: files of it may turn up again after a power cut."""
 _UNKNOWN_SECONDS = 365 * 86_400.0
 """The same for one in a common inbox whose charge is unknown, and for one of another daemon: that may come back."""
 _ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
@@ -95,7 +93,7 @@ class JobRows(abc.ABC):
         """Forget jobs that are over for long: those of this daemon, and much later also those of others."""
         own = f"decision = '' AND {self._file.is_ours}"
         old = f"DELETE FROM jobs WHERE state = 'done' AND ended_at < ? AND ({own} OR ended_at < ?)"  # noqa: S608
-        values = self._clock() - _OVER_SECONDS, self._clock() - _UNKNOWN_SECONDS
+        values = self._clock() - OVER_SECONDS, self._clock() - _UNKNOWN_SECONDS
         self._file.change(lambda one: one.execute(old, values), synced=False)
 
     def is_over(self, job: str) -> bool:

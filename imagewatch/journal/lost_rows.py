@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import astuple, replace
 
 from imagewatch.journal.ledger import storable
-from imagewatch.journal.row import price_of
+from imagewatch.journal.row import OVER_SECONDS, price_of
 from imagewatch.journal.schema import COLUMNS
 from imagewatch.protocol.values import dump
 from imagewatch.system.text import printable
@@ -35,6 +35,9 @@ NO_RESULT = ("sent", "busy", "unsent")
 _INBOX, _ME = "current_setting('imagewatch.inbox')", "current_setting('imagewatch.instance')"
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _JOBS = f"SELECT id, state, epoch, inbox = {_INBOX} AS is_ours FROM jobs"  # noqa: S608
+_ATTEMPTS = f"""
+    SELECT job, attempt, outcome, greatest(claimed_at, sent_at, answered_at) >= {_NOW} - ? AS is_recent
+    FROM attempts ORDER BY attempt"""  # noqa: S608
 _INSERT = (
     f"INSERT INTO attempts ({', '.join(COLUMNS)}, instance) "  # noqa: S608  our own names
     f"VALUES ({', '.join('?' * (len(COLUMNS) + 1))}) ON CONFLICT (job, attempt) DO NOTHING"
@@ -70,12 +73,14 @@ class Known:
         epoch: How often it was taken.
         is_ours: Whether it is, or may be, a job of this inbox.
         outcomes: Of its attempts, by number.
+        is_recent: Whether one of them is so recent that the row of the job was not deleted: it is lost.
     """
 
     state: str = ""
     epoch: int = 0
     is_ours: bool = True
     outcomes: dict[int, str] = field(default_factory=dict)
+    is_recent: bool = False
 
     @property
     def highest(self) -> int:
@@ -94,7 +99,8 @@ class Known:
             attempts: Those that the folders show.
         """
         ended = {number for number, outcome in self.outcomes.items() if outcome not in {"sent", "unknown"}}
-        return not self.state and bool(ended) and ended.issuperset([*self.outcomes, *attempts])
+        is_deleted = not self.state and not self.is_recent
+        return is_deleted and bool(ended) and ended.issuperset([*self.outcomes, *attempts])
 
     @property
     def result(self) -> str:
@@ -143,10 +149,12 @@ class LostRows:
         """
         with self._file.using() as connection:
             jobs = connection.execute(_JOBS).fetchall()
-            attempts = connection.execute("SELECT job, attempt, outcome FROM attempts ORDER BY attempt").fetchall()
+            attempts = connection.execute(_ATTEMPTS, (OVER_SECONDS,)).fetchall()
         found = {row["id"]: Known(row["state"], row["epoch"], row["is_ours"]) for row in jobs}
         for row in attempts:
-            found.setdefault(row["job"], Known()).outcomes[row["attempt"]] = row["outcome"]
+            known = found.setdefault(row["job"], Known())
+            known.outcomes[row["attempt"]] = row["outcome"]
+            known.is_recent |= row["is_recent"]
         return found
 
     def running(self, alive_seconds: float) -> tuple[str, str, float] | None:

@@ -19,6 +19,8 @@ JobState = Literal["open", "returning", "decided", "published", "kept", "reopene
 """``returning``: it waits until its name in the inbox is free; ``kept``: paid, without a readable image."""
 FREE = ("busy", "unsent")
 """Results after which a request may be sent again."""
+OVER_SECONDS = 7 * 86_400.0
+"""How long a job is known after it is over, seconds: files of it may turn up again after a power cut."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from imagewatch.job.sending import Fate
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.row import OVER_SECONDS
 from support.daemon import KEY, Folders, until
 from support.losing import PowerCut, SteppingDisk
 
@@ -172,6 +173,15 @@ class Peers:
     def lose(self, *changes: str) -> None:
         """Change rows as a database does that loses commits: no trigger concerns that."""
         self.rows("; ".join(("SET session_replication_role = replica", *changes)))
+
+    def forget_jobs(self) -> None:
+        """Delete the rows of all jobs, as it is done some days after they are over: their attempts stay."""
+        days = f"{OVER_SECONDS + 1}"
+        self.lose(
+            f"UPDATE imagewatch.attempts SET claimed_at = claimed_at - {days}, sent_at = sent_at - {days}, "
+            f"answered_at = answered_at - {days}",
+            "DELETE FROM imagewatch.jobs",
+        )
 
     def let_take_over(self, peer: Peer) -> str:
         """Let all leases end, and a daemon take over the only job; return its id."""

@@ -154,7 +154,7 @@ class Team:
 
         The test file of a daemon that was killed meanwhile is removed an hour later.
         """
-        shown = [f"inbox/{name}" for name in self.folders.names("inbox") if "/.iw-probe." not in name]
+        shown = [f"inbox/{name}" for name in self.folders.names("inbox") if "/.iw-probe." not in f"/{name}"]
         for member in self.members.values():
             shown += [f"{member.name}: answers/{path.name}" for path in member.folders.answers()]
         shown += [

@@ -1,0 +1,106 @@
+"""A database has lost the row of a job, or who took it over: what was paid for is published all the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from support.peers import Peers
+
+from imagewatch.job.lost_jobs import LostJobs
+from imagewatch.job.outcome import End
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from support.peers import Peer
+    from support.postgres import Server
+
+    from imagewatch.sandbox import Sandbox
+
+EVERYTHING = ("DELETE FROM imagewatch.attempts", "DELETE FROM imagewatch.jobs")
+
+
+@pytest.fixture
+def peers(tmp_path: Path, sandbox: Sandbox, postgres: Server, database: str) -> Iterator[Peers]:
+    made = Peers(tmp_path, sandbox.base_url, postgres, database)
+    yield made
+    made.close()
+
+
+def once(peer: Peer, before: str, act: Callable[[], object]) -> None:
+    """Let something happen before the first change of the disk with these parts."""
+
+    def first() -> None:
+        del peer.disk.before[before]
+        act()
+
+    peer.disk.before[before] = first
+
+
+def recover(peer: Peer) -> None:
+    """Do what ``db recover`` does, in a process of its own."""
+    peer.restart()
+    lost = LostJobs(peer.spool)
+    for found in list(lost.find()):
+        assert lost.carry_out(found) == ""
+    peer.restart()
+
+
+def test_a_paid_response_whose_result_is_recorded_after_its_job_was_lost_is_published(
+    peers: Peers, sandbox: Sandbox
+) -> None:
+    one = peers.add("one")
+    one.prompt("cat", "a cat [sandbox: url]")
+    once(one, "replace|answer.1", lambda: peers.lose(*EVERYTHING))
+    one.killed(one.start, "/answers/|.fetched.")
+    assert peers.outcomes() == ["completed"]
+    job = one.answers()[0].name.partition(".")[0]
+    one.finish(job)
+    assert one.answers(), "the response is there until it is published"
+    recover(one)
+    peers.let_take_over(one)
+    assert one.finish(job).destination == "outbox"
+    assert one.finished() == {"cat": "outbox"}
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_job_of_a_busy_endpoint_that_the_database_has_lost_is_continued(peers: Peers, sandbox: Sandbox) -> None:
+    one = peers.add("one")
+    one.prompt("cat", "a cat [sandbox: once 429-plain]")
+    once(one, "replace|answer.1", lambda: peers.lose(*EVERYTHING))
+    assert one.start().end is End.DEFERRED
+    job = one.answers()[0].name.partition(".")[0]
+    one.restart()
+    recover(one)
+    peers.let_take_over(one)
+    assert one.finish(job).destination == "outbox"
+    assert one.finished() == {"cat": "outbox"}
+
+
+@pytest.mark.parametrize("was_taken", [True, False])
+def test_a_response_is_published_if_the_database_has_lost_who_took_its_job_over(
+    peers: Peers, sandbox: Sandbox, was_taken: bool
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+    one.killed(one.start, "create|answer.1")
+    job = peers.let_take_over(two)
+    two.killed(lambda: two.process(job), "/.imagewatch/|answer.1")
+    assert two.answers()
+    before = "holder = 'one', epoch = 1" if was_taken else "holder = '', epoch = 0"
+    peers.lose("DELETE FROM imagewatch.attempts", f"UPDATE imagewatch.jobs SET {before}, state = 'open', decision = ''")
+    if was_taken:
+        assert list(one.common.own()) == [job]
+        one.process(job)
+    else:
+        (taken,) = one.common.take(1)
+        assert taken.claim is not None
+        one.worker.start(taken.claim)
+    two.process(job)
+    assert one.finish(job).destination == "outbox"
+    assert two.finish(job).end is End.NOTHING
+    assert one.finished() == {"cat": "outbox"}
+    assert (two.answers(), one.leftovers()) == ([], [])
+    assert sandbox.report()["requests"] == 1
