@@ -109,10 +109,12 @@ deb:
 # the same image.
 image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 image:
-	mkdir -p dist
+	mkdir -p dist .build
 	version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' imagewatch/__init__.py) && \
 		.ci/image.sh "localhost/imagewatch:$$version" --build-arg VERSION="$$version" --build-arg REVISION="$$(git rev-parse HEAD)" && \
 		podman tag "localhost/imagewatch:$$version" localhost/imagewatch:latest && \
-		rm -f "dist/imagewatch-$$version-image.tar" && \
-		podman save --quiet --format docker-archive --output "dist/imagewatch-$$version-image.tar" \
-			"localhost/imagewatch:$$version" localhost/imagewatch:latest
+		rm -f .build/image.tar && \
+		podman save --quiet --format docker-archive --output .build/image.tar \
+			"localhost/imagewatch:$$version" localhost/imagewatch:latest && \
+		python3 .ci/image_archive.py .build/image.tar "dist/imagewatch-$$version-image.tar" && \
+		rm .build/image.tar

@@ -103,3 +103,23 @@ def test_the_documented_installation_checks_the_hash_of_all_that_it_fetches():
             assert " --no-deps " in line
             assert " --no-index " in line or " --no-build-isolation " in line
     assert files == {"requirements/build.txt", "requirements/service.txt"}
+
+
+WITHOUT_PSYCOPG = """
+import importlib, pathlib, sys
+import pytest
+sys.modules["psycopg"] = None
+for path in sorted(pathlib.Path().glob("*/test_*.py")):
+    if path.parent.name in {"journal", "shared"} or "psycopg" in path.read_text():
+        try:
+            importlib.import_module(".".join(path.with_suffix("").parts))
+        except pytest.skip.Exception:
+            pass
+"""
+
+
+def test_no_module_of_tests_needs_the_driver_of_postgresql_to_be_imported():
+    """All other tests run where it is not installed."""
+    command = [sys.executable, "-c", WITHOUT_PSYCOPG]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

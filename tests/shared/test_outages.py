@@ -9,9 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from support.account import RUNNER, Account, Member
+from support.account import RUNNER, TIMEOUTS, Account, Member
 from support.daemon import LoggedDaemon, command, until
-from support.shared_runner import TIMEOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 import pytest
-from support.account import RUNNER, Account, wait_until_stopped
+from support.account import RUNNER, TIMEOUTS, Account, wait_until_stopped
 from support.daemon import KEY, LoggedDaemon, Running, until
 from support.endpoint import unique_png
 from support.proxy import Proxy
-from support.shared_runner import TIMEOUTS
 
 from imagewatch.sandbox import Sandbox
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from support.postgres import Server
 
 RUNNER = str(TESTS / "support/shared_runner.py")
+TIMEOUTS = 3.0
+"""Longer than all times that are waited for in a process of the runner, seconds."""
 
 
 class Member(Folders):

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PATIENCE = 1.5
-TIMEOUTS = 3.0
-"""Longer than all times that are waited for here, seconds."""
 
 
 def hurry() -> None:

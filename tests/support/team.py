@@ -6,8 +6,6 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING, Any, Self
 
-import psycopg
-
 from support.daemon import TESTS, Folders, LoggedDaemon, Running, command
 from support.postgres import SUPERUSER
 from support.proxy import Proxy
@@ -131,6 +129,8 @@ class Team:
 
     def rows(self, question: str, *values: object) -> list[dict[str, Any]]:
         """Ask the database directly, whatever daemons can reach."""
+        import psycopg  # noqa: PLC0415  not installed everywhere
+
         uri = self.server.uri(self._uri.rpartition("/")[2], SUPERUSER)
         with contextlib.closing(psycopg.connect(uri, autocommit=True)) as connection:
             connection.execute("SET search_path = imagewatch")
