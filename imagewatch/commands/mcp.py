@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_SECONDS = 30.0
 """With the time for previews a call is answered within 45 s (``mcp_server``), also if the folders do not respond."""
-_EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
+_EXTRA = "pipx install --force 'imagewatch[mcp]'"
 
 
 @click.command()
@@ -58,7 +58,10 @@ def mcp(path: str | None, root: str | None, folder: str, allowed: Sequence[str],
     the extra imagewatch[mcp].
     """
     if importlib.util.find_spec("mcp") is None:
-        raise UsageError("the library for the Model Context Protocol is not installed", hint=f"install it: {_EXTRA}")
+        raise UsageError(
+            "the library for the Model Context Protocol is not installed",
+            hint=f"install it as you installed imagewatch, for example: {_EXTRA}",
+        )
     from imagewatch.commands import mcp_server  # noqa: PLC0415  it imports the extra
 
     config = load_folders(path, root)

@@ -227,8 +227,8 @@ _ALL_TAGS: Final = (
     ),
     _sets("no-billing", "", "the response has no billing", billing=False),
     _sets("gzip", "", "the response is compressed", gzip=True),
-    Tag("once", "TAG", "TAG for the first request with this Idempotency-Key (or prompt) only", _only_counts),
-    Tag("times", "K TAG", "TAG for the first K requests with this Idempotency-Key (or prompt)", _only_counts),
+    Tag("once", "TAG", "TAG for the first attempt of a job only (by Idempotency-Key, else by prompt)", _only_counts),
+    Tag("times", "K TAG", "TAG for the first K attempts of a job (by Idempotency-Key, else by prompt)", _only_counts),
 )
 
 TAGS: Final[dict[str, Tag]] = {tag.name: tag for tag in _ALL_TAGS}

@@ -530,7 +530,7 @@ def test_without_the_extra_the_command_names_the_installation(folders):
     assert done.returncode == 64
     assert done.stderr.splitlines() == [
         "imagewatch: the library for the Model Context Protocol is not installed",
-        "  install it: python3 -m pip install 'imagewatch[mcp]'",
+        "  install it as you installed imagewatch, for example: pipx install --force 'imagewatch[mcp]'",
     ]
     assert done.stdout == ""
 

@@ -102,10 +102,11 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     folders.prompt("yaml", "---\nn: 2\n---\nx")
     folders.prompt("page", "<!doctype html>\n<html><head><title>404</title></head>")
     folders.prompt("rich", "{\\rtf1 x}")
+    folders.drop("latin.prompt.txt", "Küste".encode("latin-1"))
     folders.prompt("safety", "x [sandbox: 400]")
     folders.prompt("credits", "x [sandbox: 402]")
     start(folders, "run")
-    until(lambda: len(folders.finished()) == 13)
+    until(lambda: len(folders.finished()) == 14)
     found = {stem: folders.error(stem)["message"] for stem in folders.finished()}
     table = USING.partition("| `message` says")[2].partition("\n\n")[0]
     cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
@@ -113,7 +114,7 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     elsewhere = ["it is too large", "it is not supported"]  # test_requests.py has such images
     documented_texts = [text for text in texts if text not in elsewhere]
     assert len(documented_texts) == len(texts) - len(elsewhere)
-    refused = ("key", "value", "kind", "beside", "fence", "yaml", "page", "rich", "whole")
+    refused = ("key", "value", "kind", "beside", "fence", "yaml", "page", "rich", "latin", "whole")
     stems = (*refused, "safety", "credits", "cap", "family")
     for stem, text in zip(stems, documented_texts, strict=True):
         assert text in found[stem]
