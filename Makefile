@@ -75,7 +75,7 @@ url:
 	python3 .ci/set_url.py '$(URL)'
 
 # dist/: all that is published of a version: source, wheel, Debian package, image, bill of materials (CycloneDX) of what a
-# service installs, checksums. The same commit gives the same files; docs/contributing/release.md says how far.
+# service installs, checksums. The same commit gives the same files, except for the image; docs/contributing/release.md says how far.
 release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 release: $(TOOLS)/.installed
 	@for tool in git sha256sum $$(test ! -d debian || echo dpkg-buildpackage dh); do \
@@ -106,7 +106,7 @@ deb:
 	mv $(DEB)/imagewatch_*.deb $(DIST)
 
 # dist/: the image for "podman load" and "docker load", built without a registry. The same commit and the same Debian packages give
-# the same image.
+# the same layers. The ID of the image differs: Podman writes random names of its build containers into the configuration.
 image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 image:
 	mkdir -p dist .build

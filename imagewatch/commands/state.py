@@ -69,7 +69,8 @@ def _groups(owner: os.stat_result) -> list[int]:
 
 def never_ran(state: str) -> SpoolError:
     """Return the error of a command that needs the state folder if there is none."""
-    hint = "start the daemon (imagewatch run), or name another configuration with --config"
+    start = "systemctl start imagewatch, or imagewatch run"
+    hint = f"start the daemon ({start}), or name another configuration with --config"
     return SpoolError(f"no daemon has run with this configuration yet: {printable(state)}", path=state, hint=hint)
 
 

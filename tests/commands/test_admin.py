@@ -840,6 +840,13 @@ def test_history_equals_the_count_of_the_api_although_the_daemon_was_killed_duri
 # Estimate
 
 
+def test_before_the_first_start_status_names_the_service_first_so_that_root_does_not_run_the_daemon(tmp_path, sandbox):
+    result = command(Folders(tmp_path, sandbox.base_url), "status")
+    assert result.returncode != 0
+    assert "no daemon has run with this configuration yet" in result.stderr
+    assert "start the daemon (systemctl start imagewatch, or imagewatch run)" in result.stderr
+
+
 def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url)
     folders.inbox.rmdir()
