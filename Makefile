@@ -106,7 +106,7 @@ deb:
 	mv $(DEB)/imagewatch_*.deb $(DIST)
 
 # dist/: the image for "podman load" and "docker load", built without a registry. The same commit and the same Debian packages give
-# the same layers. The ID of the image differs: Podman writes random names of its build containers into the configuration.
+# the same file: .ci/image_archive.py removes the random names that Podman writes into it.
 image: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 image:
 	mkdir -p dist .build

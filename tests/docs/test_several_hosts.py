@@ -91,7 +91,7 @@ def test_the_daemons_of_the_compose_file_have_valid_settings_and_names_of_their_
         targets = {volume.split(":")[1]: volume.split(":")[0] for volume in daemon["volumes"]}
         assert targets == {"/srv/imagewatch": f"./{name}", "/var/lib/imagewatch": f"state_{name}"}
         names.append(config.shared.instance)
-    assert names == ["left", "right"]
+    assert names == ["left", "right", "third"]
 
 
 def test_what_the_compose_file_names_is_there(compose: dict[str, Any]) -> None:

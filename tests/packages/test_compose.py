@@ -25,7 +25,7 @@ def services(path: str) -> dict[str, dict[str, Any]]:
 
 
 DAEMONS = [("compose.yaml", "imagewatch"), ("examples/compose.shared.yaml", "left")]
-DAEMONS += [("examples/compose.shared.yaml", "right")]
+DAEMONS += [("examples/compose.shared.yaml", name) for name in ("right", "third")]
 
 
 @pytest.mark.parametrize(("path", "name"), DAEMONS)
@@ -87,6 +87,8 @@ def test_the_commands_on_the_page_are_those_at_the_top_of_the_compose_files() ->
 
 def test_no_secret_and_no_image_of_a_user_is_copied_into_the_image_or_into_git() -> None:
     docker, git = ((ROOT / name).read_text().splitlines() for name in (".dockerignore", ".gitignore"))
-    assert {".*", "secrets", "pictures", "examples/secrets", "examples/left", "examples/right"} <= {*docker}
-    assert {".env", "secrets/", "/pictures/", "/examples/left/", "/examples/right/"} <= {*git}
+    assert {".*", "secrets", "pictures", "examples/secrets", "examples/left", "examples/right", "examples/third"} <= {
+        *docker
+    }
+    assert {".env", "secrets/", "/pictures/", "/examples/left/", "/examples/right/", "/examples/third/"} <= {*git}
     assert CONTAINERFILE.count("--require-hashes --only-binary :all:") == 2
