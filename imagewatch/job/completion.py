@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from imagewatch.endpoint.api import Verdict
     from imagewatch.endpoint.decode import Reading
     from imagewatch.endpoint.pictures import Picture, Pictures
+    from imagewatch.job.result_files import ResultFile
     from imagewatch.job.running import Attempt, RunningJob
     from imagewatch.job.spool import Spool
     from imagewatch.journal.row import Row
-    from imagewatch.protocol.values import Claim
+    from imagewatch.protocol.values import Claim, Destination
     from imagewatch.system.errors import Problem
 
 _WITHOUT_PROMPT = {
@@ -38,6 +39,12 @@ _WITHOUT_PROMPT = {
 }
 """Next step by charge, where the prompt is not among the files in the errors folder."""
 _RAW = "state/raw"
+_ENDINGS: Final[dict[str, str]] = {"outbox": RECEIPT, "errors": ERROR}
+_PROVEN = (
+    *("credits", "provider", "model", "got", "status", "code", "message"),
+    *("answered_at", "transaction_id", "new_credit_balance"),
+)
+"""Columns of an attempt with a result that its result file has, too."""
 DECODED_AFTERWARDS = "image."
 """How the names of images begin that were not decoded while their response arrived."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
@@ -130,6 +137,8 @@ class Completion:
         """
         attempt = job.attempt()
         self._date(job)
+        if self._adopt(job, "outbox") or self._adopt(job, "errors"):
+            return
         message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
         outcome = "completed" if is_charged else "unknown"
         row = row_of(job, attempt, outcome, "yes" if is_charged else "unknown", message=message)
@@ -148,6 +157,9 @@ class Completion:
     ) -> None:
         """Decide for the errors folder: the originals, the raw response if it was paid for, the error file last."""
         claim, charged = job.claim, row.charged
+        if (found := self._published(claim, "errors")) is not None and found.row.outcome == row.outcome:
+            job.record.decide(found.decision, row)  # a shared database has lost it
+            return
         ending = f".{beside.name}" if beside else ""
         base = self._spool.delivery.base(claim, "errors", [ERROR, *([ending] if beside else [])])
         originals = self._spool.delivery.free_originals(claim, "errors", self._spool.originals.present(claim), base)
@@ -183,6 +195,8 @@ class Completion:
     def read(self, job: RunningJob) -> None:
         """Read a paid response, fetch the images that it names, and decide."""
         self._date(job)
+        if self._adopt(job, "outbox"):
+            return
         attempt, answer = job.attempt(), job.answer()
         reading = self._pictures.read(job.record.path, answer)
         if any(got.url for got in reading.images):
@@ -226,9 +240,6 @@ class Completion:
         there = [(k, picture) for k, picture in enumerate(pictures, 1) if picture.source]
         endings = [f"-{k}{picture.ending}" if numbered else picture.ending for k, picture in there]
         base = self._spool.delivery.base(claim, "outbox", [*endings, RECEIPT])
-        if base != claim.stem and (earlier := self._published(claim)) is not None:
-            job.record.decide(self._with_originals(job, earlier), row)
-            return
         named = [(base + ending, picture) for ending, (_, picture) in zip(endings, there, strict=True)]
         text, facts = compose(
             claim,
@@ -252,13 +263,28 @@ class Completion:
         keep = self._spool.delivery.free_originals(job.claim, "archive", claimed) if self._spool.archive else ()
         return msgspec.structs.replace(decision, keep=keep, mtime_ns=job.mtime_ns)
 
-    def _published(self, claim: Claim) -> Decision | None:
-        """Return how another daemon has published a job, if a shared database has lost that; None if none has."""
-        folder = self._spool.delivery.destination_folder("outbox", claim)
-        for base in self._spool.delivery.bases(claim) if self._spool.handover.is_on else ():
-            found = result_file(self._spool, os.path.join(folder, base + RECEIPT), "outbox")
+    def _adopt(self, job: RunningJob, destination: Destination) -> bool:
+        """End a job as its result file shows, if a shared database has lost that; return whether there is one.
+
+        Its images may have been moved out of the state folder, and its response may have been removed.
+        """
+        if (found := self._published(job.claim, destination)) is None:
+            return False
+        known, decision = found.row, found.decision
+        row = row_of(job, job.attempt(), known.outcome, known.charged)
+        proven = {name: getattr(known, name) for name in _PROVEN}
+        if destination == "outbox":
+            decision = self._with_originals(job, decision)
+        job.record.decide(decision, msgspec.structs.replace(row, **proven))
+        return True
+
+    def _published(self, claim: Claim, destination: Destination) -> ResultFile | None:
+        """Return the result file of a job; None if there is none, or if the journal cannot have lost its decision."""
+        folder, ending = self._spool.delivery.destination_folder(destination, claim), _ENDINGS[destination]
+        for base in self._spool.delivery.bases(claim) if self._spool.journal.file.is_shared else ():
+            found = result_file(self._spool, os.path.join(folder, base + ending), destination)
             if found is not None and found.claim.job == claim.job:
-                return found.decision
+                return found
         return None
 
     def _keep_raw(

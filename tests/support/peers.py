@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imagewatch.job.outcome import Outcome
+    from imagewatch.protocol.values import Claim
     from support.postgres import Server
 
 PATIENCE = 20.0
@@ -52,18 +53,28 @@ class HookedDisk(SteppingDisk):
 class Peer(Folders):
     """What one daemon of the inbox has.
 
+    Args:
+        root: Where the folders of all daemons are made.
+        name: Its instance.
+        base_url: Of the endpoint.
+        database: How to connect to the database.
+        inbox: Name of the common inbox; empty: it has its inbox alone.
+        settings: More of the configuration.
+
     Attributes:
         later: How much later it is for this daemon, seconds: a response is waited for until a deadline.
     """
 
-    def __init__(self, root: Path, name: str, base_url: str, database: str, **settings: str) -> None:
+    def __init__(self, root: Path, name: str, base_url: str, database: str, inbox: str, **settings: str) -> None:
         from imagewatch.journal.postgres.place import Place  # noqa: PLC0415  psycopg may be missing
         from imagewatch.journal.postgres.tables import initialize  # noqa: PLC0415
 
         super().__init__(root / name, base_url, **settings)
         self.name, self.root = name, root / "one/watched"
         self.environ["IMAGEWATCH_FOLDERS__ROOT"] = str(self.root)
-        self._place = Place(database, "main", inbox="common", instance=name, is_replicated=False, is_common=True)
+        self._place = Place(
+            database, "main", inbox=inbox or name, instance=name, is_replicated=False, is_common=bool(inbox)
+        )
         initialize(self._place)
         self.later = 0.0
         self.state.mkdir()
@@ -73,6 +84,7 @@ class Peer(Folders):
         from imagewatch.journal.postgres.database import PostgresDatabase  # noqa: PLC0415
 
         loaded, fates = load(None, self.environ), dict[str, Fate]()
+        self.loaded = loaded
         self.disk = HookedDisk()
         self.journal = Journal(PostgresDatabase(self._place, patience=PATIENCE), loaded.limits, self._clock)
         self.common = self.journal.common
@@ -95,10 +107,14 @@ class Peer(Folders):
         self.close()
         self._begin()
 
+    def found(self) -> list[Claim]:
+        """Return what can be claimed in the inbox, each as a new job."""
+        ready = self._scan.scan_all(time.monotonic(), time.time()).ready
+        return [one.claim(self.spool.new_job(), time.time()) for one in ready]
+
     def start(self) -> Outcome:
         """Offer what is in the inbox, take it, and process one of the prompts."""
-        found = self._scan.scan_all(time.monotonic(), time.time()).ready
-        self.common.offer_all([one.claim(self.spool.new_job(), time.time()) for one in found])
+        self.common.offer_all(self.found())
         taken = self.common.take(1)[0]
         assert taken.claim is not None
         return self.worker.start(taken.claim)
@@ -133,17 +149,19 @@ class Peers:
         base_url: Of the endpoint.
         server: The server of the database.
         database: How to connect to it.
+        inbox: Name of the common inbox; empty: each daemon has one of its own.
     """
 
-    def __init__(self, root: Path, base_url: str, server: Server, database: str) -> None:
+    def __init__(self, root: Path, base_url: str, server: Server, database: str, inbox: str = "common") -> None:
         self._root, self._base_url, self._server, self._database = root, base_url, server, database
+        self._inbox = inbox
         self._end = contextlib.ExitStack()
         self._peers: list[Peer] = []
 
     def add(self, name: str, database: str = "", **settings: str) -> Peer:
         """Make another daemon; the first one is called ``one``."""
         given = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": "3", **settings}
-        peer = Peer(self._root, name, self._base_url, database or self._database, **given)
+        peer = Peer(self._root, name, self._base_url, database or self._database, self._inbox, **given)
         self._end.callback(peer.close)
         self._peers.append(peer)
         return peer
