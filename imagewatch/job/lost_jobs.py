@@ -171,6 +171,8 @@ class LostJobs:
         is_readable_again = result.decision.destination == "errors" and result.row.charged == "yes"
         if (seen.responses or self._handed_over(claim.job)) and is_readable_again and not known.state:
             return "kept"
+        if seen.epoch >= 0 and self._common.is_on:
+            return "published"  # a daemon removes the folder with its witness and its response
         return "done" if known.state or seen.responses or seen.epoch >= 0 else None
 
     # Without
