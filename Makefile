@@ -1,4 +1,4 @@
-.PHONY: demo test quick style check bench man reference site lowest lock release url deb image
+.PHONY: demo test quick style check bench man reference site lowest pythons lock release url deb image
 
 PYTHON = .venv/bin/python
 
@@ -41,6 +41,17 @@ lowest: .venv/.installed
 	python3 -m venv --without-pip --clear .build/lowest
 	python3 -m pip --python .build/lowest install -q -e '.[test]' -c .build/lowest.txt
 	.build/lowest/bin/python -m pytest -q $(addprefix tests/,$(addsuffix .py,commands/test_cli commands/test_completion commands/test_mcp commands/test_terminal docs/test_supply job/test_receipts system/test_log))
+
+# The quick tests and the demo with each of these interpreters that is installed. pyproject.toml names those that pass.
+pythons:
+	set -e; for version in 3.11 3.12 3.13 3.14; do \
+		command -v python$$version > /dev/null || { echo "python$$version is not installed"; continue; }; \
+		rm -rf .build/python$$version .build/demo$$version; \
+		python$$version -m venv .build/python$$version; \
+		.build/python$$version/bin/python -m pip install -q -e '.[test]'; \
+		.build/python$$version/bin/python -m pytest -q -m quick; \
+		.build/python$$version/bin/imagewatch demo .build/demo$$version; \
+	done
 
 HASHED = --require-hashes --only-binary :all:
 TOOLS = .build/tools

@@ -99,7 +99,9 @@ class Handover:
             return
         self._folders.ensure_claims()
         folders = self._of(job)
-        if (newest := max(folders.values(), default=0)) > epoch:  # the database has lost that it was taken over
+        if (
+            epoch and (newest := max(folders.values(), default=0)) > epoch
+        ):  # the database has lost that it was taken over
             self._common.pass_epoch(job, newest)
             epoch, target = self._common.epoch(job), self._folders.claim_folder(job)
         for name in sorted((one for one in folders if folders[one] < epoch), key=folders.__getitem__, reverse=True):
