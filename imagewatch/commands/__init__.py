@@ -54,7 +54,7 @@ The modules, in reading order::
     init            a configuration file
     service         the systemd units of an installation without a checkout
     service_program which program a unit starts, and whether a service can run it
-    service_files   the files of a service, and whether they were changed by hand
+    service_files   the files of a service, and whether they were changed manually
     service_steps   what to run after they were written
     schema          the JSON schemas of the daemon's files
     files           what comes with imagewatch beside its code

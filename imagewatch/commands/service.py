@@ -68,13 +68,13 @@ def print_files(file: str | None, *, is_user: bool, has_gallery: bool, program: 
     "--root", "folder", type=click.Path(), metavar="FOLDER", help="Write below this folder instead of /, for an image"
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing")
-@click.option("--force", is_flag=True, help="Also replace files that were changed by hand")
+@click.option("--force", is_flag=True, help="Also replace files that were changed manually")
 def install(
     *, is_user: bool, has_gallery: bool, program: str | None, folder: str | None, dry_run: bool, force: bool
 ) -> None:
     """Write the units, and the files for the user and the folders.
 
-    Then the command prints what to run next. A file that was changed by hand is not replaced without --force; put your
+    Then the command prints what to run next. A file that was changed manually is not replaced without --force; put your
     changes into a drop-in (systemctl edit imagewatch). Run the command again after an upgrade.
     """
     root = os.path.abspath(folder or "/")
@@ -121,7 +121,7 @@ def _require_unchanged(states: Mapping[ServiceFile, State], *, force: bool) -> N
         raise UsageError(f"is not a plain file: {printable(' '.join(links))}", hint=hint)
     if changed and not force:
         hint = "nothing was written; see the differences with --dry-run, keep your changes in a drop-in, or use --force"
-        raise UsageError(f"changed by hand, so not replaced: {printable(' '.join(changed))}", hint=hint)
+        raise UsageError(f"changed manually, so not replaced: {printable(' '.join(changed))}", hint=hint)
 
 
 def _is_plain(path: str) -> bool:

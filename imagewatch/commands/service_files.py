@@ -1,4 +1,4 @@
-"""The files of a service: where they belong, what is in them, and whether a file on the disk was changed by hand."""
+"""The files of a service: where they belong, what is in them, and whether a file on the disk was changed manually."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class State(Enum):
     MISSING = "new"
     SAME = "unchanged"
     EARLIER = "from another version or installation"
-    CHANGED = "changed by hand"
+    CHANGED = "changed manually"
 
 
 @dataclass(frozen=True, slots=True)

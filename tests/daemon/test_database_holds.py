@@ -226,7 +226,7 @@ def test_a_failure_of_the_database_is_not_one_of_the_disk() -> None:
 
 
 def test_a_hold_of_the_disk_ends_while_a_job_still_waits_for_the_database(gated: Gate) -> None:
-    gated.admission.hold_for("job", DatabaseError("gone"))
+    gated.admission.hold_for("job", DatabaseError("unreachable"))
     with gated.without_outbox():
         gated.admission.failed(SpoolError("missing", path=str(gated.station.outbox), code=2))
         gated.later()
@@ -243,7 +243,7 @@ def test_a_hold_of_the_disk_ends_while_a_job_still_waits_for_the_database(gated:
 
 
 def test_a_hold_of_the_database_ends_while_a_job_still_waits_for_the_disk(gated: Gate) -> None:
-    gated.fault = DatabaseError("gone")
+    gated.fault = DatabaseError("unreachable")
     gated.admission.hold_for("job", SpoolError("full", code=28))
     gated.admission.failed(gated.fault)
     gated.later()
@@ -254,14 +254,14 @@ def test_a_hold_of_the_database_ends_while_a_job_still_waits_for_the_disk(gated:
 
 
 def test_while_one_of_them_waits_for_its_next_test_nothing_is_delivered(gated: Gate) -> None:
-    for error in (DatabaseError("gone"), SpoolError("full")):
+    for error in (DatabaseError("unreachable"), SpoolError("full")):
         assert gated.admission.stores_work()
         gated.admission.failed(error)
         assert not gated.admission.stores_work()
         gated.later()
 
 
-@pytest.mark.parametrize("error", [DatabaseError("gone"), SpoolError("full", code=28)], ids=["database", "disk"])
+@pytest.mark.parametrize("error", [DatabaseError("unreachable"), SpoolError("full", code=28)], ids=["database", "disk"])
 def test_a_job_that_holds_the_queue_still_has_its_turn_to_continue(gated: Gate, error: SpoolError) -> None:
     gated.admission.hold_for("job", error)
     gated.later()

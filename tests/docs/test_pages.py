@@ -1,7 +1,7 @@
 """The blocks of the pages for users that ``<!-- run: NAME -->`` marks, run exactly as they are written.
 
 ``<!-- seen -->`` marks what the command before it prints; numbers, ids and the folder may differ, and ``…`` is any
-number of lines. A block that no test runs says so: ``<!-- by hand -->`` or ``<!-- not tried -->``.
+number of lines. A block that no test runs says so: ``<!-- manually -->`` or ``<!-- not tried -->``.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def free_port() -> int:
 
 
 def test_each_block_of_commands_says_whether_it_was_run():
-    marks = r"<!-- (?:run: \w+|tested: \w+|by hand|not tried) -->"
+    marks = r"<!-- (?:run: \w+|tested: \w+|manually|not tried) -->"
     for name in PAGES:
         text = page(name)
         marked = re.findall(rf"^{marks}\n```sh$", text, re.MULTILINE)

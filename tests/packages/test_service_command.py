@@ -159,7 +159,7 @@ def test_a_file_that_was_changed_by_hand_is_not_replaced_and_nothing_else_is_wri
     changed = unit.read_text()
     done = install(tmp_path)
     assert done.returncode == 64
-    assert f"changed by hand, so not replaced: {unit}\n" in done.stderr
+    assert f"changed manually, so not replaced: {unit}\n" in done.stderr
     assert "nothing was written" in done.stderr
     assert unit.read_text() == changed
     assert not other.exists()
@@ -170,7 +170,7 @@ def test_a_file_that_was_changed_by_hand_is_not_replaced_and_nothing_else_is_wri
 
     forced = install(tmp_path, "--force")
     assert forced.returncode == 0
-    assert f"replaced (changed by hand): {unit}\n" in forced.stdout
+    assert f"replaced (changed manually): {unit}\n" in forced.stdout
     assert "Nice=5" not in unit.read_text()
 
 

@@ -117,7 +117,7 @@ def test_what_a_daemon_puts_back_into_the_inbox_as_it_ends_is_put_back_whole(inb
     late = two.inbox / ".imagewatch" / f"{job}.1"
     late.mkdir()
     for name in ("dog.png", "dog.prompt.txt"):
-        (late / name).write_text("a dog that a daemon claimed, and then died")
+        (late / name).write_text("a dog of a daemon that was killed")
     daemon = world.run(two, stop_before="rename|/inbox/dog.prompt.txt", by="pause")
     until(two.stopped)
     daemon.process.send_signal(signal.SIGTERM)

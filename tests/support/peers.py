@@ -207,7 +207,7 @@ class Peers:
         for one in self._peers:
             one.common._renewed.clear()
         taken: list[str] = []
-        # The server may still find out that a connection that has locked the row is gone.
+        # The server may still find out that a connection that has locked the row has ended.
         until(lambda: taken.extend(one.job for one in peer.common.take_over(5)) or taken)
         (job,) = taken
         return job
