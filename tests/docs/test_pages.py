@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 from support.daemon import KEY, Folders, until
 from support.endpoint import unique_png
 from support.pages import DOCS, page, table
+from support.ports import free_port
 
 from imagewatch.commands.batch import MOST_WITHOUT_YES
 from imagewatch.config.load import load
@@ -149,12 +149,6 @@ def shell(folders: Folders, start: Any, tmp_path: Path) -> Shell:
         )
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_each_block_of_commands_says_whether_it_was_run():

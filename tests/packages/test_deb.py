@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from service.test_systemd import REPORT, Endpoint, Service, quicken
+from service.test_systemd import Endpoint, Service, quicken
 from support.container import ROOT, Container, Unavailable, unavailable
 from support.daemon import KEY, until
 
@@ -161,9 +161,7 @@ def used(installed, machine, endpoint) -> Service:
 
 @pytest.fixture(scope="module")
 def endpoint(machine) -> Endpoint:
-    made = Endpoint(machine)
-    until(lambda: machine.run("/opt/imagewatch/bin/python", "-c", REPORT, check=False).returncode == 0)
-    return made
+    return Endpoint(machine)
 
 
 @pytest.fixture(scope="module")

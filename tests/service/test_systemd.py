@@ -154,6 +154,10 @@ class Endpoint:
         self._container = container
         command = ["/opt/imagewatch/bin/python", "-c", ENDPOINT, KEY]
         container.run("systemd-run", "--quiet", "--unit=endpoint", *command)
+        until(lambda: self._report(check=False).returncode == 0)
+
+    def _report(self, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self._container.run("/opt/imagewatch/bin/python", "-c", REPORT, check=check)
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -166,7 +170,7 @@ class Endpoint:
 
     def prompts(self) -> list[str]:
         """The prompts of all calls so far."""
-        report = json.loads(self._container.run("/opt/imagewatch/bin/python", "-c", REPORT).stdout)
+        report = json.loads(self._report().stdout)
         assert report["faults"] == []
         return [call["prompt"] for call in report["calls"]]
 
@@ -211,9 +215,7 @@ def machine(container) -> Container:
 
 @pytest.fixture(scope="module")
 def endpoint(machine) -> Endpoint:
-    made = Endpoint(machine)
-    until(lambda: machine.run("/opt/imagewatch/bin/python", "-c", REPORT, check=False).returncode == 0)
-    return made
+    return Endpoint(machine)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from shared import test_common_faults as faults
 from shared import test_handing_over as handing
+from shared.test_shared_mutants import fails_without
 
 if TYPE_CHECKING:
     from support.peers import Peers
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 member, replaced, peers = faults.member, faults.replaced, handing.peers
-FAILURES = (AssertionError, pytest.fail.Exception)
 TAKEN_OVER = "a daemon whose job was taken over may not send it"
 OWN_RESULT = "only its own process can say that an attempt was not sent"
 WITNESS = "a witness is beside the claimed prompt before the first byte"
@@ -72,7 +72,4 @@ def test_with_each_precaution_nothing_is_sent_twice(request: pytest.FixtureReque
 def test_without_a_precaution_that_fails(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, precaution: str
 ) -> None:
-    request.getfixturevalue("postgres")  # else it is skipped
-    PRECAUTIONS[precaution](monkeypatch)
-    with pytest.raises(FAILURES):
-        play(precaution, request)
+    fails_without(PRECAUTIONS[precaution], request, monkeypatch, lambda: play(precaution, request))

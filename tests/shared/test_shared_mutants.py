@@ -121,6 +121,19 @@ PRECAUTIONS = {
 }
 
 
+def fails_without(
+    take_away: Callable[[pytest.MonkeyPatch], None],
+    request: pytest.FixtureRequest,
+    patch: pytest.MonkeyPatch,
+    act: Callable[[], None],
+) -> None:
+    """Require that something fails when a precaution is taken away."""
+    request.getfixturevalue("postgres")  # else it is skipped
+    take_away(patch)
+    with pytest.raises(FAILURES):
+        act()
+
+
 def play(precaution: str, request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> None:
     """Let happen what a precaution is for."""
     database, made = request.getfixturevalue("database"), request.getfixturevalue("member")
@@ -151,10 +164,7 @@ def test_with_each_precaution_nothing_is_sent_twice(
 def test_without_a_precaution_that_fails(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, precaution: str
 ) -> None:
-    request.getfixturevalue("postgres")  # else it is skipped
-    PRECAUTIONS[precaution](monkeypatch)
-    with pytest.raises(FAILURES):
-        play(precaution, request, monkeypatch)
+    fails_without(PRECAUTIONS[precaution], request, monkeypatch, lambda: play(precaution, request, monkeypatch))
 
 
 def test_without_the_warnings_of_a_commit_a_canceled_wait_is_taken_as_written(

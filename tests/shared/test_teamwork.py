@@ -56,6 +56,18 @@ def completed(team: Team, count: int, timeout: float = 30.0) -> None:
     )
 
 
+def with_a_prompt_that_waits(make: Callable[..., Team], sandbox: Sandbox) -> Team:
+    """Start two daemons, and a prompt that the first one has to send once more in half a minute."""
+    team = make("one", "two", retry__initial_seconds="30", retry__max_seconds="30")
+    two = team.members["two"]
+    two.signal(signal.SIGSTOP)
+    team.folders.prompt("cat", "a cat [sandbox: once 429-plain]")
+    assert sandbox.wait_for_requests(1, 20)
+    until(lambda: not team.in_flight())
+    two.signal(signal.SIGCONT)
+    return team
+
+
 def holds(member: Member) -> set[str]:
     """Return the kinds of hold that the status of a daemon shows."""
     page = json.loads((member.folders.state / "status.json").read_text())
@@ -68,13 +80,8 @@ def holds(member: Member) -> set[str]:
 def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_leads(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = make("one", "two", retry__initial_seconds="30", retry__max_seconds="30")
-    one, two = team.members.values()
-    two.signal(signal.SIGSTOP)
-    team.folders.prompt("cat", "a cat [sandbox: once 429-plain]")
-    assert sandbox.wait_for_requests(1, 20)
-    until(lambda: not team.in_flight())
-    two.signal(signal.SIGCONT)
+    team = with_a_prompt_that_waits(make, sandbox)
+    one = team.members["one"]
     one.kill()
     team.folders.prompt("dog", "a dog")
     assert sandbox.wait_for_requests(3, LATE)
@@ -130,13 +137,8 @@ def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_im
 def test_a_prompt_that_waits_for_its_next_attempt_is_sent_by_another_daemon_when_its_own_is_stopped(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = make("one", "two", retry__initial_seconds="30", retry__max_seconds="30")
+    team = with_a_prompt_that_waits(make, sandbox)
     one, two = team.members.values()
-    two.signal(signal.SIGSTOP)
-    team.folders.prompt("cat", "a cat [sandbox: once 429-plain]")
-    assert sandbox.wait_for_requests(1, 20)
-    until(lambda: not team.in_flight())
-    two.signal(signal.SIGCONT)
     assert one.stop() == 0
     until(lambda: two.events("taken_over"), LEASE / 2)
     one.start()  # its state folder still has the response that was free
