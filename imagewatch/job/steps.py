@@ -308,6 +308,8 @@ class Steps:
         job.reason = reason
         if not reason.is_short or (job.is_fresh and not self.claim(job)):
             return self._give_back(job)
+        if reason.kind == "reserved":  # jobs that have reserved more together than fits would wait for each other
+            self._journal.unreserve(job.id)
         return Outcome(job.id, End.DEFERRED, job.claim.source, delay=reason.seconds or 0.0, reason=reason)
 
     # After the request

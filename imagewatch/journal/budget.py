@@ -74,7 +74,7 @@ _NEARLY = 0.8
 class _Memo:
     """What was read for several questions, so that the ledger is asked only once; by folder, and then as is asked."""
 
-    spent: dict[tuple[str, float], float] = field(default_factory=dict)
+    spent: dict[tuple[str, float, str], float] = field(default_factory=dict)
     reserved: dict[tuple[str, str], tuple[float, list[tuple[float, float]]]] = field(default_factory=dict)
     charges: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
@@ -170,8 +170,9 @@ class Budget:
 
     def spent_in(self, folder: str) -> tuple[float, float, float]:
         """Return the credits that count as spent in a first-level folder, this day and this month; and the reserved."""
+        reserved, _ = self._reserved("", folder)
         spent = [self._spent(_Cap("", 0.0, *window, folder), "") for window in day_and_month(self._now)]
-        return spent[0], spent[1], self._reserved("", folder)[0]
+        return spent[0], spent[1], reserved
 
     def nearly_spent(self) -> list[Nearly]:
         """Return the caps, those of budgets included, of which 80 % or more are spent."""
@@ -235,7 +236,7 @@ class Budget:
 
     def _over(self, cap: _Cap, cost: Expected, job: str) -> Reason | None:
         """Return why a request does not fit below one cap, or None."""
-        spent, (reserved, _) = self._spent(cap, job), self._reserved(job, cap.folder)
+        (reserved, _), spent = self._reserved(job, cap.folder), self._spent(cap, job)
         if spent + reserved + cost.high <= cap.credits:
             return None
         known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for requests in flight"
@@ -273,10 +274,14 @@ class Budget:
         return self._memo.reserved[folder, job]
 
     def _spent(self, cap: _Cap, job: str) -> float:
-        """Return what counts as spent since a time, with what stuck jobs have reserved: nothing may wait for it."""
+        """Return what counts as spent since a time, with what stuck jobs have reserved: nothing may wait for it.
+
+        Each question of a transaction in PostgreSQL sees what was committed before it. So what is reserved is read
+        first: a request of another daemon whose result comes between the two is counted twice, and never missed.
+        """
         folder, since = cap.folder, cap.begin.timestamp()
-        if (folder, since) not in self._memo.spent:
-            known, unknown = self._books.spending(since, folder)
-            self._memo.spent[folder, since] = known + sum(self._cost(Asked(*one)).high for one in unknown)
         stuck = sum(credits_ for at, credits_ in self._reserved(job, folder)[1] if at >= since)
-        return self._memo.spent[folder, since] + stuck
+        if (folder, since, job) not in self._memo.spent:
+            known, unknown = self._books.spending(since, folder)
+            self._memo.spent[folder, since, job] = known + sum(self._cost(Asked(*one)).high for one in unknown)
+        return self._memo.spent[folder, since, job] + stuck

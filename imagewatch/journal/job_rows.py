@@ -113,7 +113,7 @@ class JobRows(abc.ABC):
         self._file.change(lambda connection: connection.execute(_STUCK, (job,)), synced=False)
 
     def unreserve(self, job: str) -> None:
-        """End what was reserved for a job that has not sent anything: it may be stuck for long."""
+        """End what was reserved for a job that has not sent anything: others need not wait for it."""
         self._file.change(
             lambda connection: connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (job,)), synced=False
         )

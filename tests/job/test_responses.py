@@ -33,7 +33,9 @@ from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
 from imagewatch.job import steps
 from imagewatch.job.outcome import End
+from imagewatch.job.worker import Worker
 from imagewatch.journal.holds import Holds
+from imagewatch.journal.prices import Asked
 from imagewatch.protocol.reasons import Reason
 from imagewatch.sandbox import TAGS
 from imagewatch.system.errors import ConfigError, Problem, SpoolError
@@ -785,6 +787,25 @@ def test_a_prompt_that_the_rate_keeps_back_when_it_is_recorded_stays_claimed(tmp
         assert station.names("inbox") == [f".imagewatch/{outcome.job}/cat.prompt.txt"]
         assert station.worker.process(outcome.job, is_resumed=True).destination == "outbox"
         assert station.leftovers() == []
+
+
+def test_prompts_that_together_have_reserved_more_than_is_left_do_not_wait_for_each_other(tmp_path):
+    body = paid(IMAGE, billing={"credits_charged": 40})  # more than was assumed when all were claimed
+    limits = {"limits__credits_per_day": "90", "limits__assumed_credits": "30"}
+    with served_by(tmp_path, responding(body), responding(body), **limits) as station:
+        worker = Worker(station.spool, station.client, station.journal, station.config())
+        for stem in "abc":
+            station.prompt(stem, "a cat")
+        ready = station.scan.scan_all(time.monotonic(), time.time()).ready
+        claims = {one.key[1]: one.claim(station.spool.new_job(), time.time()) for one in ready}
+        for claim in claims.values():
+            assert station.journal.open(claim, Asked.of({"provider": "flux"})) is None
+        outcomes = {stem: worker.start(claims[stem]) for stem in "abc"}
+        assert (outcomes["b"].end, outcomes["b"].reason.kind) == (End.DEFERRED, "reserved")
+        assert [outcomes[stem].destination for stem in "ac"] == ["outbox", "outbox"]
+        last = worker.process(claims["b"].job, is_resumed=True)
+        assert (last.end, last.reason.kind) == (End.RETURNED, "cap")
+        assert station.names("inbox") == ["b.prompt.txt"]
 
 
 @pytest.mark.parametrize("image", [False, True])

@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from imagewatch.config.schema import Limits
+from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.events import page_of
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
@@ -269,6 +270,23 @@ def test_caps_count_what_other_processes_reserve(make: Callable[..., Journal]) -
     spend(journal, row("a"))
     journal.record(row("a", outcome="completed", charged="yes", credits=60.0))
     assert other.open(claim("c", "3"), FLUX).kind == "cap"
+
+
+@pytest.mark.parametrize("question", ["spending", "reserved"])
+def test_a_result_that_another_process_records_between_two_questions_is_not_missed(
+    make: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    journal, other = make(credits_per_day=50), make(credits_per_day=50)
+    other.open(claim("a", "1"))
+    spend(other, row("a"))
+    ask = getattr(SqlBooks, question)
+
+    def record_before(books: SqlBooks, *asked: Any) -> Any:
+        other.record(row("a", outcome="completed", charged="yes", credits=30.0))
+        return ask(books, *asked)
+
+    monkeypatch.setattr(SqlBooks, question, record_before)
+    assert journal.budget().over_cap(FLUX).kind in {"cap", "reserved"}
 
 
 def test_a_job_that_was_let_in_is_asked_for_the_caps_again_when_it_is_sent(make: Callable[..., Journal]) -> None:
