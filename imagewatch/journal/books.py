@@ -6,6 +6,7 @@ If a first-level folder is named, only what was requested in it and below it cou
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,19 +18,35 @@ if TYPE_CHECKING:
     from imagewatch.journal.database import Row
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What counts towards a cap, all of it at the same moment.
+
+    Attributes:
+        known: Credits that are known to have been charged.
+        unknown: For requests that were or may have been charged an amount that is not known: provider, kind of price,
+            and how many images they asked for in all.
+        reserved: Credits that other jobs have reserved.
+        stuck: The same of jobs that are stuck: each with its time, seconds since the epoch.
+    """
+
+    known: float = 0.0
+    unknown: Sequence[tuple[str, str, int]] = ()
+    reserved: float = 0.0
+    stuck: Sequence[tuple[float, float]] = ()
+
+
 class Books(Protocol):
     """What is asked of a journal."""
 
-    def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:
-        """Return what was spent since the beginning of the day of a time, seconds since the epoch.
+    def counted(self, since: float, job: str = "", folder: str = "") -> Counted:
+        """Return what counts since the beginning of the day of a time.
 
-        Returns:
-            Credits that are known to have been charged; and for requests that were or may have been charged an amount
-            that is not known: provider, kind of price, and how many images they asked for in all.
+        Args:
+            since: Seconds since the epoch.
+            job: What this job has reserved does not count.
+            folder: Only what was requested in this first-level folder counts; empty: all.
         """
-
-    def reserved(self, job: str, folder: str = "") -> tuple[float, list[tuple[float, float]]]:
-        """Return what other jobs have reserved, credits; of those that are stuck each with its time."""
 
     def highest(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
         """Return the highest charge for an image since a time, by the kind of the price."""
@@ -44,13 +61,9 @@ class Books(Protocol):
 class NoBooks:
     """The journal of a daemon that has never run."""
 
-    def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:  # noqa: ARG002
-        """Return that nothing was spent."""
-        return 0.0, []
-
-    def reserved(self, job: str, folder: str = "") -> tuple[float, list[tuple[float, float]]]:  # noqa: ARG002
-        """Return that nothing is reserved."""
-        return 0.0, []
+    def counted(self, since: float, job: str = "", folder: str = "") -> Counted:  # noqa: ARG002
+        """Return that nothing counts."""
+        return Counted()
 
     def highest(self, provider: str, since: float) -> dict[str, list[float]]:  # noqa: ARG002
         """Return that nothing was charged."""
@@ -65,6 +78,24 @@ class NoBooks:
         return []
 
 
+_COUNTED_PARTS = """
+    SELECT 1 AS is_sum, provider, price_kind, sum(credits) AS credits, sum(unknown) AS unknown, 0.0 AS at, 0 AS is_stuck
+    FROM {sums} WHERE day >= ?1 {of_sums} GROUP BY provider, price_kind
+    UNION ALL
+    SELECT 0, '', '', a.reserved, 0, a.sent_at, coalesce(j.is_stuck, 1) FROM attempts AS a
+    LEFT JOIN jobs AS j ON j.id = a.job WHERE a.outcome = 'sent' AND a.job <> ?2 {of_attempts}
+    UNION ALL
+    SELECT 0, '', '', reserved, 0, opened_at, is_stuck FROM jobs
+    WHERE state <> 'done' AND reserved > 0 AND id <> ?2 {of_jobs}"""
+_COUNTED = _COUNTED_PARTS.format(sums="sums", of_sums="", of_attempts="", of_jobs="")
+_COUNTED_IN_FOLDER = _COUNTED_PARTS.format(
+    sums="folder_sums",
+    of_sums="AND folder = ?3",
+    of_attempts="AND substr(a.source, 1, length(?4)) = ?4",
+    of_jobs="AND (folder = ?5 OR substr(folder, 1, length(?6)) = ?6)",
+)
+
+
 class SqlBooks:
     """The same of a journal in SQLite, in the middle of a transaction or outside of any.
 
@@ -75,34 +106,26 @@ class SqlBooks:
     def __init__(self, ask: Callable[..., list[Row]]) -> None:
         self._ask = ask
 
-    def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:
-        """Return what was spent; see ``Books``."""
-        day = datetime.fromtimestamp(since, tz=UTC).date().isoformat()
-        question = "SELECT provider, price_kind, sum(credits) AS credits, sum(unknown) AS unknown FROM "
-        if folder:
-            question += "folder_sums WHERE day >= ? AND folder = ? GROUP BY provider, price_kind"
-            rows = self._ask(question, day, folder)
-        else:
-            rows = self._ask(question + "sums WHERE day >= ? GROUP BY provider, price_kind", day)
-        unknown = [(row["provider"], row["price_kind"], row["unknown"]) for row in rows if row["unknown"] > 0]
-        return sum(row["credits"] for row in rows), unknown
+    def counted(self, since: float, job: str = "", folder: str = "") -> Counted:
+        """Return what counts; see ``Books``.
 
-    def reserved(self, job: str, folder: str = "") -> tuple[float, list[tuple[float, float]]]:
-        """Return what is reserved; see ``Books``."""
-        sent = (
-            "SELECT a.reserved AS credits, a.sent_at AS at, coalesce(j.is_stuck, 1) AS is_stuck FROM attempts AS a "
-            "LEFT JOIN jobs AS j ON j.id = a.job WHERE a.outcome = 'sent' AND a.job <> ?1 "
-        )
-        claimed = "SELECT reserved, opened_at, is_stuck FROM jobs WHERE state <> 'done' AND reserved > 0 AND id <> ?1 "
+        It is one question: several would each see what was committed before them, and a request whose result another
+        daemon records meanwhile would count twice, or not at all.
+        """
+        day = datetime.fromtimestamp(since, tz=UTC).date().isoformat()
         if folder:
-            below, name = folder + "/", os.fsencode(folder)
-            sent += f"AND substr(a.source, 1, {len(below)}) = ?2 "
-            claimed += f"AND (folder = ?3 OR substr(folder, 1, {len(name) + 1}) = ?4) "
-            rows = self._ask(f"{sent}UNION ALL {claimed}", job, below, name, name + b"/")
+            name = os.fsencode(folder)
+            rows = self._ask(_COUNTED_IN_FOLDER, day, job, folder, folder + "/", name, name + b"/")
         else:
-            rows = self._ask(f"{sent}UNION ALL {claimed}", job)
-        stuck = [(row["at"], row["credits"]) for row in rows if row["is_stuck"]]
-        return sum(row["credits"] for row in rows if not row["is_stuck"]), stuck
+            rows = self._ask(_COUNTED, day, job)
+        sums = [row for row in rows if row["is_sum"]]
+        others = [row for row in rows if not row["is_sum"]]
+        return Counted(
+            known=sum(row["credits"] for row in sums),
+            unknown=[(row["provider"], row["price_kind"], row["unknown"]) for row in sums if row["unknown"] > 0],
+            reserved=sum(row["credits"] for row in others if not row["is_stuck"]),
+            stuck=[(row["at"], row["credits"]) for row in others if row["is_stuck"]],
+        )
 
     def highest(self, provider: str, since: float) -> dict[str, list[float]]:
         """Return the highest charges; see ``Books``."""

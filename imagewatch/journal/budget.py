@@ -35,7 +35,7 @@ from imagewatch.system.text import amount
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from imagewatch.journal.books import Books
+    from imagewatch.journal.books import Books, Counted
 
 CAPS = ("limits.credits_per_day", "limits.credits_per_month")
 """The settings that are caps on credits."""
@@ -74,8 +74,7 @@ _NEARLY = 0.8
 class _Memo:
     """What was read for several questions, so that the ledger is asked only once; by folder, and then as is asked."""
 
-    spent: dict[tuple[str, float, str], float] = field(default_factory=dict)
-    reserved: dict[tuple[str, str], tuple[float, list[tuple[float, float]]]] = field(default_factory=dict)
+    counted: dict[tuple[str, float, str], Counted] = field(default_factory=dict)
     charges: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
 
@@ -166,18 +165,17 @@ class Budget:
         Args:
             folder: The folder of whose budget the caps are; empty: those for all.
         """
-        return {cap.setting: (self._spent(cap, ""), _shown(cap.end)) for cap in self._own_caps(folder)}
+        return {cap.setting: (self._counted(cap)[0], _shown(cap.end)) for cap in self._own_caps(folder)}
 
     def spent_in(self, folder: str) -> tuple[float, float, float]:
         """Return the credits that count as spent in a first-level folder, this day and this month; and the reserved."""
-        reserved, _ = self._reserved("", folder)
-        spent = [self._spent(_Cap("", 0.0, *window, folder), "") for window in day_and_month(self._now)]
-        return spent[0], spent[1], reserved
+        day, month = (self._counted(_Cap("", 0.0, *window, folder)) for window in day_and_month(self._now))
+        return day[0], month[0], month[1]
 
     def nearly_spent(self) -> list[Nearly]:
         """Return the caps, those of budgets included, of which 80 % or more are spent."""
         caps = [cap for folder in ("", *self._budgets) for cap in self._own_caps(folder)]
-        found = [Nearly(cap.setting, cap.credits, self._spent(cap, ""), cap.end.timestamp()) for cap in caps]
+        found = [Nearly(cap.setting, cap.credits, self._counted(cap)[0], cap.end.timestamp()) for cap in caps]
         return [one for one in found if one.spent >= _NEARLY * one.cap]
 
     def knows_prices(self) -> bool:
@@ -236,7 +234,7 @@ class Budget:
 
     def _over(self, cap: _Cap, cost: Expected, job: str) -> Reason | None:
         """Return why a request does not fit below one cap, or None."""
-        (reserved, _), spent = self._reserved(job, cap.folder), self._spent(cap, job)
+        spent, reserved = self._counted(cap, job)
         if spent + reserved + cost.high <= cap.credits:
             return None
         known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for requests in flight"
@@ -268,20 +266,15 @@ class Budget:
         caps = zip(names, (own.credits_per_day, own.credits_per_month), day_and_month(self._now), strict=True)
         return [_Cap(name, cap, *window, folder) for name, cap, window in caps if cap]
 
-    def _reserved(self, job: str, folder: str) -> tuple[float, list[tuple[float, float]]]:
-        if (folder, job) not in self._memo.reserved:
-            self._memo.reserved[folder, job] = self._books.reserved(job, folder)
-        return self._memo.reserved[folder, job]
+    def _counted(self, cap: _Cap, job: str = "") -> tuple[float, float]:
+        """Return what counts as spent below a cap, and what jobs other than this one have reserved.
 
-    def _spent(self, cap: _Cap, job: str) -> float:
-        """Return what counts as spent since a time, with what stuck jobs have reserved: nothing may wait for it.
-
-        Each question of a transaction in PostgreSQL sees what was committed before it. So what is reserved is read
-        first: a request of another daemon whose result comes between the two is counted twice, and never missed.
+        What stuck jobs have reserved counts as spent: nothing may wait for it.
         """
-        folder, since = cap.folder, cap.begin.timestamp()
-        stuck = sum(credits_ for at, credits_ in self._reserved(job, folder)[1] if at >= since)
-        if (folder, since, job) not in self._memo.spent:
-            known, unknown = self._books.spending(since, folder)
-            self._memo.spent[folder, since, job] = known + sum(self._cost(Asked(*one)).high for one in unknown)
-        return self._memo.spent[folder, since, job] + stuck
+        since = cap.begin.timestamp()
+        if (cap.folder, since, job) not in self._memo.counted:
+            self._memo.counted[cap.folder, since, job] = self._books.counted(since, job, cap.folder)
+        found = self._memo.counted[cap.folder, since, job]
+        unknown = sum(self._cost(Asked(*one)).high for one in found.unknown)
+        stuck = sum(credits_ for at, credits_ in found.stuck if at >= since)
+        return found.known + unknown + stuck, found.reserved

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from imagewatch.config.schema import Limits
 from imagewatch.journal.books import SqlBooks
+from imagewatch.journal.budget import Budget
 from imagewatch.journal.events import page_of
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
@@ -272,21 +273,29 @@ def test_caps_count_what_other_processes_reserve(make: Callable[..., Journal]) -
     assert other.open(claim("c", "3"), FLUX).kind == "cap"
 
 
-@pytest.mark.parametrize("question", ["spending", "reserved"])
-def test_a_result_that_another_process_records_between_two_questions_is_not_missed(
-    make: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch, question: str
-) -> None:
-    journal, other = make(credits_per_day=50), make(credits_per_day=50)
-    other.open(claim("a", "1"))
-    spend(other, row("a"))
-    ask = getattr(SqlBooks, question)
+@pytest.mark.parametrize("most", [30, 50, 60])
+def test_a_result_that_another_process_records_meanwhile_counts_once(make: Callable[..., Journal], most: int) -> None:
+    limits = Limits(credits_per_day=most, assumed_credits=30)
+    journal, other = make(), make()
+    asked = 0
+    for before in range(6):
+        job = f"job{before}"
+        other.open(claim(job, job))
+        spend(other, row(job))
+        answered, asked = replace(row(job), outcome="completed", charged="yes", credits=30.0), 0
 
-    def record_before(books: SqlBooks, *asked: Any) -> Any:
-        other.record(row("a", outcome="completed", charged="yes", credits=30.0))
-        return ask(books, *asked)
+        def ask(question: str, *values: Any, before: int = before, answered: Row = answered) -> Any:
+            nonlocal asked
+            if asked == before:
+                other.record(answered)
+            asked += 1
+            return journal.ledger.ask(question, *values)
 
-    monkeypatch.setattr(SqlBooks, question, record_before)
-    assert journal.budget().over_cap(FLUX).kind in {"cap", "reserved"}
+        refusal = Budget(SqlBooks(ask), limits, NOW).over_cap(FLUX)
+        assert (refusal is None) == (most == 60)
+        other.record(replace(answered, outcome="refused", charged="no", credits=0.0))
+        other.finish(job)
+    assert 0 < asked < before, "it is recorded before each question, and after all"
 
 
 def test_a_job_that_was_let_in_is_asked_for_the_caps_again_when_it_is_sent(make: Callable[..., Journal]) -> None:
