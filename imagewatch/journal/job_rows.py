@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _UNKNOWN_SECONDS = 365 * 86_400.0
 """The same for one in a common inbox whose charge is unknown, and for one of another daemon: that may come back."""
+_FORGET_REQUESTS = (
+    "UPDATE attempts SET request = '' WHERE request <> '' AND job IN (SELECT id FROM jobs WHERE state = 'done' "
+    "AND ended_at < ?)"
+)
 _ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
 _SET_STATE = "UPDATE jobs SET state = ? WHERE id = ?"
 _KEEP = "UPDATE jobs SET state = 'kept' WHERE id = ?"
@@ -93,8 +97,14 @@ class JobRows(abc.ABC):
         """Forget jobs that are over for long: those of this daemon, and much later also those of others."""
         own = f"decision = '' AND {self._file.is_ours}"
         old = f"DELETE FROM jobs WHERE state = 'done' AND ended_at < ? AND ({own} OR ended_at < ?)"  # noqa: S608
-        values = self._clock() - OVER_SECONDS, self._clock() - _UNKNOWN_SECONDS
-        self._file.change(lambda one: one.execute(old, values), synced=False)
+        latest, latest_unknown = self._clock() - OVER_SECONDS, self._clock() - _UNKNOWN_SECONDS
+
+        def act(connection: Connection) -> None:
+            if self._file.is_shared:
+                connection.execute(_FORGET_REQUESTS, (latest_unknown,))
+            connection.execute(old, (latest, latest_unknown))
+
+        self._file.change(act, synced=False)
 
     def is_over(self, job: str) -> bool:
         """Return whether a job is known and over."""

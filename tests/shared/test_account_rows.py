@@ -11,7 +11,7 @@ from journal.makers import NOON, Clock, Maker, postgres
 from journal.test_journal import FLUX, row
 
 from imagewatch.protocol.reasons import Reason
-from imagewatch.protocol.values import Claim
+from imagewatch.protocol.values import Claim, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +52,24 @@ def test_what_another_daemon_has_finished_is_known_for_longer_than_what_is_own(
     two.clock.now += 366 * DAY  # type: ignore[attr-defined]
     two.forget_old()
     assert not one.is_over("c")
+
+
+def test_the_text_of_a_prompt_whose_charge_is_unknown_is_removed_after_a_year(daemons: tuple[Journal, Journal]) -> None:
+    one, _ = daemons
+    assert spend(one, "a") is None
+    decision = Decision(destination="errors", name="a.error.toml", result_file="x")
+    one.decide(Claim(job="a", folder="", stem="a", at=NOON), decision, row("a", outcome="unknown"))
+    one.finish("a", is_unknown=True)
+
+    def kept() -> str:
+        return str(one.ledger.ask("SELECT request FROM attempts WHERE job = 'a'")[0]["request"])
+
+    one.clock.now += 364 * DAY  # type: ignore[attr-defined]
+    one.forget_old()
+    assert "a cat" in kept()
+    one.clock.now += 2 * DAY  # type: ignore[attr-defined]
+    one.forget_old()
+    assert kept() == ""
 
 
 def test_a_job_of_an_earlier_version_waits_for_a_name_only_in_its_own_inbox(daemons: tuple[Journal, Journal]) -> None:
