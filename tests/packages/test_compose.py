@@ -87,8 +87,12 @@ def test_the_commands_on_the_page_are_those_at_the_top_of_the_compose_files() ->
 
 def test_no_secret_and_no_image_of_a_user_is_copied_into_the_image_or_into_git() -> None:
     docker, git = ((ROOT / name).read_text().splitlines() for name in (".dockerignore", ".gitignore"))
-    assert {".*", "secrets", "pictures", "examples/secrets", "examples/left", "examples/right", "examples/third"} <= {
-        *docker
-    }
+    assert {
+        ".*",
+        "**/.env",
+        "**/secrets",
+        "pictures",
+        *(f"examples/{name}" for name in ("left", "right", "third")),
+    } <= {*docker}
     assert {".env", "secrets/", "/pictures/", "/examples/left/", "/examples/right/", "/examples/third/"} <= {*git}
     assert CONTAINERFILE.count("--require-hashes --only-binary :all:") == 2
