@@ -150,6 +150,9 @@ class Steps:
     def _forget(self, job: RunningJob) -> Outcome:
         decision = job.record.decision()
         outcome = Outcome(job.id, End.NOTHING, job.claim.source)
+        if decision is not None and self.common.is_late(job.record, decision):
+            self._spool.forget(job.record, is_unknown=True, is_late=True)
+            return self.common.hand_over(job.id)
         if decision is not None:
             outcome = self._completion.outcome(job.claim, decision, self._clock() - job.began)
             # A response from before this call says nothing about now: it ends no hold.
