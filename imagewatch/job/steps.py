@@ -116,6 +116,8 @@ class Steps:
         Raises:
             SpoolError: Its originals are still claimed.
         """
+        if not self.common.is_held(job_id):  # another daemon has ended it: it may not know the response that is here
+            return self.common.hand_over(job_id)
         if error := unreadable(self._spool, job_id):
             raise error
         orphans = self._spool.orphans(job_id)

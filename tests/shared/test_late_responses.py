@@ -128,3 +128,25 @@ def test_a_late_response_without_an_image_ends_the_job_and_nothing_is_sent_again
     assert (peers.state(), one.answers()) == ("done", [])
     assert one.names("inbox") == []
     assert list(one.inbox.glob(".imagewatch/*.[0-9]*")) == []
+
+
+# A job that another daemon has ended
+
+
+def test_a_response_is_published_although_another_daemon_ends_the_job_while_this_one_begins_to_continue_it(
+    peers: Peers,
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    killed_before_it_shares(one)
+    job, fence = peers.job(), one.spool.handover.fence
+
+    def late(job: str) -> None:
+        one.spool.handover.fence = fence  # type: ignore[method-assign]
+        declared_unknown(peers, two)
+        fence(job)
+
+    assert list(one.common.own()) == [job]
+    one.spool.handover.fence = late  # type: ignore[method-assign]
+    assert one.finish(job).destination == "outbox"
+    assert one.finished() == {"cat": "outbox"}
+    assert (peers.state(), peers.outcomes(), one.answers()) == ("done", ["completed"], [])
