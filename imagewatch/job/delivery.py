@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from imagewatch.job.result_files import result_file
 from imagewatch.protocol.names import RECEIPT, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Destination, Move
 from imagewatch.system.errors import SpoolError
@@ -234,13 +235,29 @@ class Delivery:
                 self._carry_all(claim, self.free_originals(claim, destination, left), folder, decision.mtime_ns)
 
     def reclaim(self, claim: Claim, record: Record) -> None:
-        """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file."""
+        """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file.
+
+        If the error file is not there any more, the other files stay: they are of a later prompt of that name.
+        """
         assert record.row is not None
         decision = record.row.withdrawn
         assert decision is not None
         self._folders.ensure_claims()
         self._disk.make_folder(self._folders.claim_folder(claim.job))
         self._disk.sync_folder(self._folders.claims)
+        if self._has_result_file(claim, decision):
+            self._withdraw(claim, decision)
+        record.reclaimed()
+
+    def _has_result_file(self, claim: Claim, decision: Decision) -> bool:
+        """Return whether the result file of a decision is there, also if a person has written into it."""
+        if self.is_published(claim, decision):
+            return True
+        path = os.path.join(self.destination_folder(decision.destination, claim), decision.name)
+        found = result_file(self._folders, path, decision.destination)
+        return found is not None and found.claim.job == claim.job
+
+    def _withdraw(self, claim: Claim, decision: Decision) -> None:
         folder = self.destination_folder(decision.destination, claim)
         with self._folders.reached(folder):
             for number, move in enumerate(decision.moves):
@@ -255,7 +272,6 @@ class Delivery:
             self._disk.unlink(os.path.join(folder, decision.name))
             if self._folders.tops.is_folder(folder):
                 self._disk.sync_folder(folder)
-        record.reclaimed()
 
     def source_exists(self, claim: Claim, move: Move) -> bool:
         """Return whether a file is still to be moved."""

@@ -150,3 +150,61 @@ def test_a_response_is_published_although_another_daemon_ends_the_job_while_this
     assert one.finish(job).destination == "outbox"
     assert one.finished() == {"cat": "outbox"}
     assert (peers.state(), peers.outcomes(), one.answers()) == ("done", ["completed"], [])
+
+
+# A second prompt of the same name
+
+
+def pay_again(one: Peer, prompt: str) -> None:
+    """Do what a person does that accepts a second charge, as ``retry --pay-again`` does."""
+    path = one.root / "errors/cat.prompt.txt"
+    path.write_text(prompt)
+    path.rename(one.inbox / "cat.prompt.txt")
+    (one.root / "errors/cat.error.toml").unlink()
+
+
+def test_a_late_response_leaves_the_files_of_a_later_prompt_of_that_name_in_the_errors_folder(
+    peers: Peers, sandbox: Sandbox
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    killed_before_it_shares(one)
+    job = declared_unknown(peers, two)
+    pay_again(one, "another cat [sandbox: 502]")
+    assert two.start().charged == "unknown"
+    there = {path.name: path.read_bytes() for path in (one.root / "errors").iterdir()}
+    assert sorted(there) == ["cat.error.toml", "cat.prompt.txt"]
+    assert one.finish(job).destination == "outbox"
+    assert {path.name: path.read_bytes() for path in (one.root / "errors").iterdir()} == there
+    assert (one.names("inbox"), one.names("archive")) == ([], [])
+    assert sandbox.report()["requests"] == 2
+
+
+def test_a_prompt_that_was_paid_for_again_is_not_sent_a_third_time_if_the_first_request_was_not_sent(
+    peers: Peers, sandbox: Sandbox
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+    jobs: list[str] = []
+
+    def take_over() -> None:
+        one.disk.before.clear()
+        jobs.append(declared_unknown(peers, two))
+        pay_again(one, "a cat [sandbox: 502]")
+        assert two.start().charged == "unknown"
+
+    one.disk.before["create|sent.1"] = take_over
+    one.start()
+    assert one.finish(jobs[0]).end is End.NOTHING
+    assert (one.names("inbox"), one.names("errors")) == ([], ["cat.error.toml", "cat.prompt.txt"])
+    assert one.found() == []
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_late_response_withdraws_its_error_file_although_a_person_has_written_into_it(peers: Peers) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    killed_before_it_shares(one)
+    job = declared_unknown(peers, two)
+    with (one.root / "errors/cat.error.toml").open("a") as file:
+        file.write("# I have asked for my credits back.\n")
+    assert one.finish(job).destination == "outbox"
+    assert (one.names("errors"), one.names("archive")) == ([], ["cat.prompt.txt"])
