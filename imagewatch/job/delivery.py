@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _DURABLE = "state/answer.image."
 """Images that were decoded while their response arrived: they were synced with it."""
 _PIECE = 1024 * 1024
+_EARLIER = 20
+"""Of so many earlier holders of a job it is removed what they were about to publish."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """In bytes; what Linux takes."""
 
@@ -160,7 +162,10 @@ class Delivery:
             self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
             target = os.path.join(folder, decision.name)
             self._disk.publish(
-                target, _temporary(folder, claim, "d"), decision.result_file.encode(), self._folders.permissions.apply
+                target,
+                self._temporary(folder, claim, "d"),
+                decision.result_file.encode(),
+                self._folders.permissions.apply,
             )
 
     def expect(self, job: str) -> None:
@@ -264,7 +269,7 @@ class Delivery:
                 path, target = os.path.join(folder, move.name), self._source(claim, move)
                 if move.source.startswith("claim/"):
                     self._disk.carry(
-                        path, target, _temporary(self._folders.claim_folder(claim.job), claim, str(number))
+                        path, target, self._temporary(self._folders.claim_folder(claim.job), claim, str(number))
                     )
                 else:
                     self._disk.unlink(path)
@@ -289,13 +294,14 @@ class Delivery:
         """
         for number, move in enumerate(moves):
             target, dropped = os.path.join(folder, move.name), move.source.startswith("claim/")
+            temporary = self._temporary(folder, claim, str(number))
             if not dropped and self._folders.journal.common.is_on and self._is_there(self._source(claim, move), target):
                 self._disk.unlink(self._source(claim, move))  # another daemon has published it
                 continue
             self._disk.carry(
                 self._source(claim, move),
                 target,
-                _temporary(folder, claim, str(number)),
+                temporary,
                 None if dropped else self._folders.permissions.apply,
                 mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
                 is_durable=move.source.startswith(_DURABLE),
@@ -325,6 +331,12 @@ class Delivery:
             top, claim.folder, self._folders.permissions.folder_mode if destination == "outbox" else None
         )
 
+    def _temporary(self, folder: str, claim: Claim, number: str) -> str:
+        """Return the name under which a file is written that is about to be published.
 
-def _temporary(folder: str, claim: Claim, number: str) -> str:
-    return os.path.join(folder, f".iw-{claim.job}.{number}.tmp")
+        An earlier holder of a job of a common inbox may still write it: that one's name is another one, and is removed.
+        """
+        epoch, name = self._folders.journal.common.epoch(claim.job), f".iw-{claim.job}.{number}"
+        for earlier in range(max(1, epoch - _EARLIER), epoch):
+            self._disk.unlink(os.path.join(folder, f"{name}.{earlier}.tmp"))
+        return os.path.join(folder, f"{name}.{epoch}.tmp" if epoch else f"{name}.tmp")
