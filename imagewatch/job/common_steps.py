@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from imagewatch.job.record import Record
     from imagewatch.job.running import RunningJob
-    from imagewatch.job.sending import Sending
+    from imagewatch.job.sending import Fate, Sending
     from imagewatch.job.spool import Spool
     from imagewatch.journal.journal import Journal
-    from imagewatch.protocol.values import Claim
+    from imagewatch.protocol.values import Claim, Decision
 
 _GRACE_SECONDS = 60.0
 """How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
@@ -175,6 +175,25 @@ class CommonSteps:
         """Return whether another daemon has sent an attempt whose row this one has written again."""
         witnesses = [one for one in self._handover.witnesses(job) if one.attempt == attempt]
         return any(one.instance not in {"", self._common.instance} for one in witnesses)
+
+    def is_news(self, fate: Fate) -> bool:
+        """Return whether only this process knows that a request was not sent, though how its job ends is decided."""
+        return self.is_on and not fate.is_saved and fate.left is not Left.WHOLE
+
+    def is_late(self, record: Record, decision: Decision) -> bool:
+        """Return whether a job is about to end without the result of its request, which this daemon has meanwhile.
+
+        Another daemon has decided that the charge is unknown; see ``hand_over`` for what comes then.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        facts = decision.facts
+        if not self.is_on or decision.destination != "errors" or facts["answered"] or facts["charged"] == "no":
+            return False
+        self._handover.fetch(record)
+        sent, answered = record.attempts()
+        return sent == answered or record.partial(sent) is not None or self._sending.known(record.job, sent) is not None
 
     # A job that another daemon has
 

@@ -237,7 +237,7 @@ class Spool(JobFolders):
             over=row.state == "published" or (decision is not None and self.delivery.is_published(claim, decision)),
         )
 
-    def forget(self, record: Record, *, keep: bool = False, is_unknown: bool = False) -> None:
+    def forget(self, record: Record, *, keep: bool = False, is_unknown: bool = False, is_late: bool = False) -> None:
         """Remove the claim folder, then end the record, then remove the responses: this order only.
 
         The originals were moved before; what other users put beside them stays.
@@ -246,13 +246,14 @@ class Spool(JobFolders):
             record: Of the job.
             keep: Keep the record: its response was paid for, and an image may still be read from it.
             is_unknown: Whether another daemon may still find out how it ended.
+            is_late: Whether a response came after that was decided: the responses stay.
         """
         self.ensure_claims()
         if self.handover.is_on:
-            self.handover.clear(record.job, keep=keep)
+            self.handover.clear(record.job, keep=keep or is_late)
         self.disk.remove_folder(self.claim_folder(record.job))  # not synced: see take_over
         if keep:
             record.keep()
         else:
-            record.remove(is_unknown=is_unknown)
+            record.remove(is_unknown=is_unknown, is_late=is_late)
         self.journal.common.forget(record.job)

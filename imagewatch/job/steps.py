@@ -116,6 +116,8 @@ class Steps:
         Raises:
             SpoolError: Its originals are still claimed.
         """
+        if not self.common.is_held(job_id):  # another daemon has ended it: it may not know the response that is here
+            return self.common.hand_over(job_id)
         if error := unreadable(self._spool, job_id):
             raise error
         orphans = self._spool.orphans(job_id)
@@ -150,6 +152,9 @@ class Steps:
     def _forget(self, job: RunningJob) -> Outcome:
         decision = job.record.decision()
         outcome = Outcome(job.id, End.NOTHING, job.claim.source)
+        if decision is not None and self.common.is_late(job.record, decision):
+            self._spool.forget(job.record, is_unknown=True, is_late=True)
+            return self.common.hand_over(job.id)
         if decision is not None:
             outcome = self._completion.outcome(job.claim, decision, self._clock() - job.began)
             # A response from before this call says nothing about now: it ends no hold.

@@ -211,7 +211,7 @@ class Worker:
             if fate and not job.shown.decided and fate.is_missing(job.shown.sent):
                 job.record.restore(fate.claim, fate.row)
                 job.shown = self._spool.job_state(job.claim, job.record)
-        if job.shown.decided:
+        if job.shown.decided and not (fate and self._steps.common.is_news(fate)):
             self._sending.forget(job.id)
         job.is_foreseen = False
         job.state = self._state(job, job.shown)
