@@ -25,7 +25,7 @@ from imagewatch.protocol.reasons import Others, Reaction, Reason
 from imagewatch.protocol.request import build, contents
 from imagewatch.protocol.values import Tail
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError, Withdrawn
+from imagewatch.system.errors import BadRequest, NameTakenError, Outdated, Problem, SpoolError, Withdrawn
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
@@ -108,7 +108,12 @@ class Steps:
 
     def take(self, step: Step, job: RunningJob) -> Outcome | None:
         """Take a step; return the outcome if the job ends or waits."""
-        return self._effects[step](job)
+        try:
+            return self._effects[step](job)
+        except NameTakenError:
+            if not job.state.returning:
+                raise
+            return self._await_name(job)
 
     def without_record(self, job_id: str) -> Outcome:
         """End a job that is over, or that the journal does not know: the journal was lost.
@@ -403,7 +408,7 @@ class Steps:
         return Outcome(job.id, End.RETURNED, job.claim.source, reason=job.reason)
 
     def _await_name(self, job: RunningJob) -> Outcome:
-        """Wait until a newer file of the same name has left the inbox."""
+        """Wait until a newer file of the same name has left the inbox, or its job is over."""
         job.record.await_name()
         return Outcome(
             job.id, End.DEFERRED, job.claim.source, delay=_RETURN_SECONDS, reason=job.reason, awaits_name=True

@@ -124,3 +124,19 @@ def test_an_api_that_was_busy_before_a_wait_delays_no_other_prompt_now(station: 
     assert (second.end, second.reason, second.answered) == (End.OVER, None, False)
     assert station.error("cat")["charged"] == "no"
     assert sandbox.report()["requests"] == 1
+
+
+def test_a_response_that_is_read_again_waits_for_the_newer_job_of_its_name(station: Station, sandbox: Sandbox) -> None:
+    station.prompt("cat", "a cat [sandbox: no-images]")
+    (first,) = station.work()
+    assert first.charged == "yes"
+    station.prompt("cat", "another cat [sandbox: once 429-plain]")
+    newer = station.worker.start(claimed(station))
+    assert newer.end is End.DEFERRED
+    assert station.journal.reopen(first.job)
+    waits = station.worker.process(first.job)
+    assert (waits.end, waits.awaits_name) == (End.DEFERRED, True)
+    assert station.worker.process(newer.job, is_resumed=True).destination == "outbox"
+    assert station.worker.process(first.job).charged == "yes"
+    assert station.journal.kept(first.job) is not None
+    assert sandbox.report()["requests"] == 3

@@ -154,6 +154,30 @@ def test_a_charge_that_only_the_process_knows_is_reported_if_it_has_the_job_agai
     assert one.error("cat")["charged"] == "yes"
 
 
+@pytest.mark.parametrize("tag", ["", " [sandbox: url]"])
+def test_a_late_response_is_published_when_the_newer_job_of_its_name_is_over(
+    peers: Peers, sandbox: Sandbox, tag: str
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", f"a cat{tag}")
+    one.killed(one.start, "/.imagewatch/|answer.1")
+    job = peers.job()
+    two.later = LATE
+    two.finish(peers.let_take_over(two))
+    for path in one.errors.iterdir():
+        path.unlink()
+    one.prompt("cat", "another cat [sandbox: once 429-plain]")
+    newer = two.start().job
+    outcome = one.finish(job)
+    assert (outcome.end, outcome.awaits_name, bool(outcome.delay)) == (End.DEFERRED, True, True)
+    assert one.answers()
+    assert two.finish(newer).destination == "outbox"
+    assert one.finish(job).destination == "outbox"
+    assert len([name for name in one.names("outbox") if name.endswith(".receipt.toml")]) == 2
+    assert peers.outcomes().count("completed") == 2
+    assert sandbox.report()["requests"] == 3
+
+
 # A database that has lost commits
 
 
