@@ -292,7 +292,7 @@ class Steps:
         if job.state.answered:
             self._completion.busy(job)
             if not job.is_resumed:
-                return self._defer(job, job.verdict())
+                return self._defer(job, None if job.lacks_response(job.state.sent) else job.verdict())
         if not job.may_send:
             return self._defer(job) if job.state.sent else self._give_back(job)
         assert job.request is not None
@@ -328,6 +328,7 @@ class Steps:
         elif fate.left is Left.PART:
             _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
             self._sending.prove(job.record, fate)
+            self.common.share(job.record, fate.attempt)
         elif fate.left is Left.NOTHING:
             if fate.reason is None:
                 _log.info("withdrawn", reason=fate.message)
