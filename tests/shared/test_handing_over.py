@@ -135,6 +135,27 @@ def test_an_unsent_request_is_reported_when_the_unknown_charge_that_another_decl
     assert sandbox.report()["requests"] == 1
 
 
+def test_an_unsent_request_ends_the_unknown_charge_of_a_job_with_an_earlier_free_attempt(
+    peers: Peers, sandbox: Sandbox
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat [sandbox: once 429-plain]")
+    assert one.start().end is End.DEFERRED
+    job = peers.job()
+
+    def take_over() -> None:
+        one.disk.before.clear()
+        two.later = LATE
+        two.finish(peers.let_take_over(two))
+        assert two.error("cat")["charged"] == "unknown"
+
+    one.disk.before["create|sent.2"] = take_over
+    assert one.finish(job).end is End.RETURNED
+    assert (one.names("errors"), one.names("inbox")) == ([], ["cat.prompt.txt"])
+    assert peers.outcomes() == ["busy", "unsent"]
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_charge_that_only_the_process_knows_is_reported_if_it_has_the_job_again(peers: Peers) -> None:
     one, two = peers.add("one"), peers.add("two")
     one.prompt("cat", "a cat")
