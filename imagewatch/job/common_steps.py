@@ -324,9 +324,9 @@ class CommonSteps:
                 for name in record.names():
                     self._spool.disk.unlink(record.path(name))
             else:  # it may be paid for: the files stay
-                why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no record"
+                why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no result"
                 path = printable(record.path(f"answer.{unrecorded[0]}"))
-                step = "check the balance (imagewatch check --balance); to end this, move the response away: "
+                step = "it may be paid for: check the balance (imagewatch check --balance); to end this, move it away: "
                 self.report_unknown(job, why, step + path)
             return self._forget(job)
         if holder and record.responses():

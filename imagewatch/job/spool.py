@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config
     from imagewatch.job.record import Record
     from imagewatch.journal.journal import Journal
+    from imagewatch.journal.row import JobRow
     from imagewatch.protocol.values import Claim
     from imagewatch.system.disk import Disk
 
@@ -90,7 +91,7 @@ class Spool(JobFolders):
                 row = self.record(job).row
             except DamagedJobError:
                 continue  # a person decides about it
-            if row is not None and (row.attempts or row.decision is not None):
+            if row is not None and _may_be_back(row):
                 self.originals.take_again(row.claim)
             elif row is None and self.journal.is_over(job):
                 for name in self.orphans(job):  # it is where it was moved, too
@@ -257,3 +258,16 @@ class Spool(JobFolders):
         else:
             record.remove(is_unknown=is_unknown, is_late=is_late)
         self.journal.common.forget(record.job)
+
+
+def _may_be_back(row: JobRow) -> bool:
+    """Return whether a power cut may have put originals of a job back into the inbox.
+
+    Before they go to ``errors`` it is made durable that they have left the inbox. Once the error file is published,
+    what has the name there was put back by a person.
+    """
+    if row.state == "reopened":
+        return False
+    if row.decision is not None and row.decision.destination == "errors":
+        return row.state != "published"
+    return bool(row.attempts) or row.decision is not None
