@@ -207,7 +207,7 @@ def wait_for_stop(daemon: LoggedDaemon, is_over: Callable[[], bool]) -> bool:
     stopped: list[bool] = []
 
     def is_there() -> bool:
-        if daemon.process.poll() is not None or _is_stopped(daemon.process.pid):
+        if daemon.process.poll() is not None or is_stopped(daemon.process.pid):
             stopped.append(True)
         return bool(stopped) or is_over()
 
@@ -216,7 +216,8 @@ def wait_for_stop(daemon: LoggedDaemon, is_over: Callable[[], bool]) -> bool:
     return bool(stopped)
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal, or is over."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:

@@ -12,10 +12,13 @@ from support.postgres import SUPERUSER
 from support.proxy import Proxy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from imagewatch.sandbox import Sandbox
     from support.postgres import Server
+
+    Ask = Callable[..., list[dict[str, Any]]]
 
 LEASE = 10
 """The shortest lease that may be configured, seconds."""
@@ -40,9 +43,9 @@ class Member:
         logs: The same of all its processes.
     """
 
-    def __init__(self, name: str, folders: Folders, database: Proxy, endpoint: Proxy, server: Server) -> None:
+    def __init__(self, name: str, folders: Folders, database: Proxy, endpoint: Proxy, ask: Ask) -> None:
         self.name, self.folders, self.database, self.endpoint = name, folders, database, endpoint
-        self._server = server
+        self._ask = ask
         self.log: LoggedDaemon | None = None
         self.logs: list[LoggedDaemon] = []
 
@@ -95,8 +98,8 @@ class Member:
 
     def _states(self) -> set[str]:
         """The states of its sessions in the database."""
-        question = "SELECT DISTINCT state FROM pg_stat_activity WHERE application_name LIKE %s"
-        return {state for (state,) in self._server.psql(question, parameters=(f"imagewatch % {self.name}",))}
+        question = "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE %s"
+        return {row["state"] for row in self._ask(question, f"imagewatch % {self.name}")}
 
     def kill(self) -> None:
         """End it with SIGKILL, also while it is stopped."""
@@ -122,12 +125,16 @@ class Team:
         server: The PostgreSQL.
         sandbox: The endpoint.
         settings: Of all daemons, as for ``Folders``.
+
+    Attributes:
+        database: The name of the database.
     """
 
     def __init__(self, root: Path, server: Server, sandbox: Sandbox, **settings: str) -> None:
         self.server, self.sandbox = server, sandbox
         self._root = root
         self._uri = server.database()
+        self.database = self._uri.rpartition("/")[2]
         given = {
             "shared__database": self._uri,
             "shared__durability": "single",
@@ -168,14 +175,14 @@ class Team:
             "IMAGEWATCH_FOLDERS__STATE": str(folders.state),
             **{f"IMAGEWATCH_{key.upper()}": value for key, value in settings.items()},
         }
-        self.members[name] = Member(name, folders, database, endpoint, self.server)
+        self.members[name] = Member(name, folders, database, endpoint, self.rows)
         return self.members[name]
 
     def rows(self, question: str, *values: object) -> list[dict[str, Any]]:
         """Ask the database directly, whatever daemons can reach."""
         import psycopg  # noqa: PLC0415  not installed everywhere
 
-        uri = self.server.uri(self._uri.rpartition("/")[2], SUPERUSER)
+        uri = self.server.uri(self.database, SUPERUSER)
         with contextlib.closing(psycopg.connect(uri, autocommit=True)) as connection:
             connection.execute("SET search_path = imagewatch")
             cursor = connection.execute(question.encode(), values or None)
