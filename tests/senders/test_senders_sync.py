@@ -78,13 +78,12 @@ def test_rsync_that_delays_updates(parcel, rsync):
 
 @SLOW
 def test_rsync_that_keeps_partial_files_and_resumes_immediately(large, rsync):
-    def resume() -> None:
-        command = [rsync, "-a", "--partial", TO_BE_INTERRUPTED, f"{large.source}/", large.target]
-        interrupted(command, large, large.target)
-        assert (large.target / "cat.webp").stat().st_size < len(large.files["cat.webp"])
-        run([rsync, "-a", "--partial", f"{large.source}/", large.target])
+    def interrupt(parcel: Parcel) -> None:
+        command = [rsync, "-a", "--partial", TO_BE_INTERRUPTED, f"{parcel.source}/", parcel.target]
+        interrupted(command, parcel, parcel.target)
+        assert (parcel.target / "cat.webp").stat().st_size < len(parcel.files["cat.webp"])
 
-    large.send(resume)
+    large.prepare(interrupt).send(lambda: run([rsync, "-a", "--partial", f"{large.source}/", large.target]))
     large.is_completed()
 
 
