@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.daemon import until
-from support.senders import DECLARES, PATIENCE, SLOW, Parcel, Service, Terminal, pause, pieces, program, run, serving
+from support.senders import DECLARES, SLOW, Parcel, Service, Terminal, pause, pieces, program, run, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +24,12 @@ def native(tmp_path_factory) -> Iterator[Service]:
 @pytest.fixture
 def parcel(native, tmp_path) -> Parcel:
     """Images that are in the inbox already, and the text of their prompt."""
-    made = native.parcel(tmp_path)
-    for name in ("cat.webp", "cat.1.png", "cat.2.jpg"):
-        shutil.copy(made.source / name, made.target)
-    return made
+
+    def place(parcel: Parcel) -> None:
+        for name in ("cat.webp", "cat.1.png", "cat.2.jpg"):
+            shutil.copy(parcel.source / name, parcel.target)
+
+    return native.parcel(tmp_path).prepare(place)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def typed(parcel: Parcel) -> tuple[str, str]:
 
 
 def saved(prompt: Path, text: str) -> None:
-    until(lambda: prompt.exists() and prompt.read_text() == text, PATIENCE)
+    until(lambda: prompt.exists() and prompt.read_text() == text)
 
 
 # Real editors on a terminal
@@ -53,7 +55,7 @@ def test_vim_that_saves_twice_and_stays_open(parcel, prompt):
     vim = program("vim.tiny", "vim", "vi")
     first, rest = typed(parcel)
     with Terminal(vim, "-N", "-u", "NONE", "-i", "NONE", prompt) as editor:
-        until((parcel.target / ".cat.prompt.txt.swp").exists, PATIENCE)
+        until((parcel.target / ".cat.prompt.txt.swp").exists)
         editor.type(f"i{first}\x1b:w\r")
         saved(prompt, first + "\n")
         parcel.is_not_claimed()
@@ -67,7 +69,7 @@ def test_nano_that_saves_and_stays_open_with_its_lock_file(parcel, prompt):
     nano = program("nano")
     first, rest = typed(parcel)
     with Terminal(nano, "--ignorercfiles", "--locking", prompt) as editor:
-        until((parcel.target / ".cat.prompt.txt.swp").exists, PATIENCE)
+        until((parcel.target / ".cat.prompt.txt.swp").exists)
         editor.type(first + "\x0f\r")
         saved(prompt, first + "\n")
         parcel.is_not_claimed()
@@ -94,10 +96,10 @@ def test_emacs_that_saves_and_continues_typing(parcel, prompt):
     with Terminal(emacs, "-Q", "-nw", prompt) as editor:
         editor.shows("cat.prompt.txt")
         editor.type(first)
-        until(lambda: os.path.lexists(lock), PATIENCE)
+        until(lambda: os.path.lexists(lock))
         editor.type("\r\x18\x13\x7f.")  # saved, and typing continues: the file is locked again
         saved(prompt, first + "\n")
-        until(lambda: os.path.lexists(lock), PATIENCE)
+        until(lambda: os.path.lexists(lock))
         parcel.is_not_claimed()
         editor.type(f"\x7f{rest}\r\x18\x13")
         saved(prompt, first + rest + "\n")
@@ -105,45 +107,65 @@ def test_emacs_that_saves_and_continues_typing(parcel, prompt):
     parcel.is_completed()
 
 
-def test_sed_that_edits_in_place(parcel, prompt):
-    prompt.write_bytes(parcel.files["cat.prompt.txt"].replace(b"and more", b"and less"))
-    run(["sed", "-i", "s/and less/and more/g", prompt])
+def test_sed_that_edits_in_place(parcel):
+    def edit() -> None:
+        parcel.prompt.write_bytes(parcel.files["cat.prompt.txt"].replace(b"and more", b"and less"))
+        run(["sed", "-i", "s/and less/and more/g", parcel.prompt])
+
+    parcel.send(edit)
     parcel.is_completed()
 
 
 # What other editors do, step by step
 
 
-def test_an_editor_that_truncates_the_file_and_writes_it_again_while_a_person_types(parcel, prompt):
+def test_an_editor_that_truncates_the_file_and_writes_it_again_while_a_person_types(parcel):
     """What VS Code does with auto-save, and nano without it."""
-    written = b""
-    for piece in pieces(parcel.files["cat.prompt.txt"]):
-        written += piece
-        with prompt.open("wb", buffering=0) as file:
+
+    def edit() -> None:
+        written = b""
+        for piece in pieces(parcel.files["cat.prompt.txt"]):
+            written += piece
+            with parcel.prompt.open("wb", buffering=0) as file:
+                pause()
+                file.write(written)
             pause()
-            file.write(written)
-        pause()
+
+    parcel.send(edit)
     parcel.is_completed()
 
 
-def test_an_editor_that_writes_another_file_and_renames_it(parcel, prompt):
+def test_an_editor_that_writes_another_file_and_renames_it(parcel):
     """What gedit does; Kate, Sublime and many scripts do the same with other names."""
-    written = b""
-    for piece in pieces(parcel.files["cat.prompt.txt"]):
-        written += piece
-        temporary = parcel.target / ".goutputstream-A1B2C3"
-        temporary.write_bytes(written)
-        temporary.rename(prompt)
-        pause()
+
+    def edit() -> None:
+        written = b""
+        for piece in pieces(parcel.files["cat.prompt.txt"]):
+            written += piece
+            temporary = parcel.target / ".goutputstream-A1B2C3"
+            temporary.write_bytes(written)
+            temporary.rename(parcel.prompt)
+            pause()
+
+    parcel.send(edit)
     parcel.is_completed()
 
 
 @SLOW
-def test_an_editor_that_moves_the_old_file_away_first(parcel, prompt):
+def test_an_editor_that_moves_the_old_file_away_first(parcel):
     """What JetBrains does."""
-    prompt.write_bytes(parcel.files["cat.prompt.txt"][:500])
-    new, old = (prompt.with_name(f"{prompt.name}___jb_{word}___") for word in ("tmp", "old"))
-    new.write_bytes(parcel.files["cat.prompt.txt"][:1000])
+
+    def begin() -> None:
+        nonlocal prompt, new, old
+        prompt = parcel.prompt
+        prompt.write_bytes(parcel.files["cat.prompt.txt"][:500])
+        new, old = (prompt.with_name(f"{prompt.name}___jb_{word}___") for word in ("tmp", "old"))
+        new.write_bytes(parcel.files["cat.prompt.txt"][:1000])
+
+    prompt: Path
+    new: Path
+    old: Path
+    parcel.send(begin)
     parcel.is_not_claimed()
     new.write_bytes(parcel.files["cat.prompt.txt"])
     prompt.rename(old)

@@ -97,28 +97,40 @@ def ssh(tmp_path) -> Iterator[Path]:
 
 
 def test_scp_over_a_slow_line(parcel, ssh):
-    run([program("scp"), "-F", ssh, "-l", "4000", *prompt_first(parcel), f"inbox:{parcel.target}/"])
+    parcel.send(
+        lambda: run([program("scp"), "-F", ssh, "-l", "4000", *prompt_first(parcel), f"inbox:{parcel.target}/"])
+    )
     parcel.is_completed()
 
 
 @SLOW
 def test_sftp_under_the_final_names(parcel, ssh):
-    puts = "".join(f"put {path} {parcel.target}/\n" for path in prompt_first(parcel))
-    run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=puts.encode())
+    def put() -> None:
+        puts = "".join(f"put {path} {parcel.target}/\n" for path in prompt_first(parcel))
+        run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=puts.encode())
+
+    parcel.send(put)
     parcel.is_completed()
 
 
 def test_sftp_under_other_names_and_renamed(parcel, ssh):
-    files = [(path, parcel.target / path.name) for path in prompt_first(parcel)]
-    puts = "".join(f"put {path} {target}.part\n" for path, target in files)
-    renames = "".join(f"rename {target}.part {target}\n" for _, target in files)
-    run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=(puts + renames).encode())
+    def put() -> None:
+        files = [(path, parcel.target / path.name) for path in prompt_first(parcel)]
+        puts = "".join(f"put {path} {target}.part\n" for path, target in files)
+        renames = "".join(f"rename {target}.part {target}\n" for _, target in files)
+        run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=(puts + renames).encode())
+
+    parcel.send(put)
     parcel.is_completed()
 
 
 def test_rsync_over_ssh(parcel, ssh):
     rsync, client = program("rsync"), program("ssh")
-    run([rsync, "-a", "--bwlimit=600", "-e", f"{client} -F {ssh}", f"{parcel.source}/", f"inbox:{parcel.target}/"])
+    parcel.send(
+        lambda: run(
+            [rsync, "-a", "--bwlimit=600", "-e", f"{client} -F {ssh}", f"{parcel.source}/", f"inbox:{parcel.target}/"]
+        )
+    )
     parcel.is_completed()
 
 
@@ -144,9 +156,7 @@ def smb(native, tmp_path) -> Iterator[list[str]]:
     )
     try:
         command = [client, "//127.0.0.1/inbox", "-s", str(config), "-p", port, "-N"]
-        until(
-            lambda: subprocess.run([*command, "-c", "ls"], capture_output=True, check=False).returncode == 0, PATIENCE
-        )
+        until(lambda: subprocess.run([*command, "-c", "ls"], capture_output=True, check=False).returncode == 0)
         yield command
     finally:
         server.terminate()
@@ -155,8 +165,11 @@ def smb(native, tmp_path) -> Iterator[list[str]]:
 
 @SLOW
 def test_smb_with_the_prompt_first(parcel, smb):
-    for path in prompt_first(parcel):
-        run([*smb, "-D", parcel.name, "-c", f"put {path} {path.name}"])
+    def put() -> None:
+        for path in prompt_first(parcel):
+            run([*smb, "-D", parcel.name, "-c", f"put {path} {path.name}"])
+
+    parcel.send(put)
     parcel.is_completed()
 
 
@@ -170,7 +183,7 @@ def test_smb_from_a_client_that_stalls(parcel, smb, tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, stdout=subprocess.DEVNULL) as sending:
         assert sending.stdin
         sending.stdin.write(content[:100_000])
-        until((parcel.target / "cat.webp").exists, PATIENCE)
+        until((parcel.target / "cat.webp").exists)
         parcel.is_not_claimed()
         for piece in pieces(content[100_000:]):
             sending.stdin.write(piece)

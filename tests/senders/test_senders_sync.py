@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SLOWLY = "--bwlimit=600"
 """In kB a second; a parcel has about 350."""
+TO_BE_INTERRUPTED = "--bwlimit=100"
+"""The last image of a large parcel takes a quarter of a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -46,49 +48,51 @@ def rsync() -> str:
 def interrupted(command: list[str | Path], parcel: Parcel, folder: Path) -> None:
     """Run a transfer and stop it in the middle of the image that comes after the prompt."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as transfer:
-        until(lambda: any(path.stat().st_size for path in folder.glob(".cat.webp.*")), PATIENCE)
+        until(lambda: any(path.stat().st_size for path in folder.glob(".cat.webp.*")))
         transfer.send_signal(signal.SIGINT)
     assert transfer.returncode != 0
     assert (parcel.target / "cat.prompt.txt").exists()
 
 
 def test_rsync(parcel, rsync):
-    run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target])
+    parcel.send(lambda: run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target]))
     parcel.is_completed()
 
 
 def test_rsync_without_change_events(tmp_path, rsync):
     with serving(tmp_path / "polled", inbox__watch="poll", inbox__rescan_seconds="0.5") as polled:
         parcel = polled.parcel(tmp_path)
-        run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target])
+        parcel.send(lambda: run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target]))
         parcel.is_completed()
 
 
 def test_rsync_in_place(parcel, rsync):
-    run([rsync, "-a", "--inplace", SLOWLY, f"{parcel.source}/", parcel.target])
+    parcel.send(lambda: run([rsync, "-a", "--inplace", SLOWLY, f"{parcel.source}/", parcel.target]))
     parcel.is_completed()
 
 
 def test_rsync_that_delays_updates(parcel, rsync):
-    run([rsync, "-a", "--delay-updates", SLOWLY, f"{parcel.source}/", parcel.target])
+    parcel.send(lambda: run([rsync, "-a", "--delay-updates", SLOWLY, f"{parcel.source}/", parcel.target]))
     parcel.is_completed()
 
 
 @SLOW
 def test_rsync_that_keeps_partial_files_and_resumes_immediately(large, rsync):
-    command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
-    interrupted(command, large, large.target)
-    assert (large.target / "cat.webp").stat().st_size < len(large.files["cat.webp"])
-    run([rsync, "-a", "--partial", f"{large.source}/", large.target])
+    def interrupt(parcel: Parcel) -> None:
+        command = [rsync, "-a", "--partial", TO_BE_INTERRUPTED, f"{parcel.source}/", parcel.target]
+        interrupted(command, parcel, parcel.target)
+        assert (parcel.target / "cat.webp").stat().st_size < len(parcel.files["cat.webp"])
+
+    large.prepare(interrupt).send(lambda: run([rsync, "-a", "--partial", f"{large.source}/", large.target]))
     large.is_completed()
 
 
 @SLOW
 def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_completed_when_it_runs_again(native, large, rsync):
-    command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
+    command = [rsync, "-a", "--partial", TO_BE_INTERRUPTED, f"{large.source}/", large.target]
     interrupted(command, large, large.target)
     refused = native.folders.errors / large.name
-    until((refused / "cat.error.toml").exists, PATIENCE)
+    until((refused / "cat.error.toml").exists)
     assert "cat.webp: it is not a whole image" in (refused / "cat.error.toml").read_text()
     assert large.calls == []
     (refused / "cat.error.toml").unlink()
@@ -98,7 +102,7 @@ def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_completed_when_i
 
 def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_path, rsync):
     parcel = native.parcel(tmp_path, head=DECLARES, side=700)
-    command = [rsync, "-a", "--bwlimit=900", f"{parcel.source}/", parcel.target]
+    command = [rsync, "-a", TO_BE_INTERRUPTED, f"{parcel.source}/", parcel.target]
     interrupted(command, parcel, parcel.target)
     parcel.is_not_claimed()
     run([rsync, "-a", f"{parcel.source}/", parcel.target])
@@ -109,8 +113,8 @@ def test_rsync_that_deletes_unknown_files_removes_nothing_that_is_paid_for(nativ
     """``--delete`` also empties the folder of claimed originals; the source still has them."""
     native.sandbox.hold()
     try:
-        run([rsync, "-a", f"{parcel.source}/", parcel.target])
-        until(lambda: parcel.calls, PATIENCE)
+        parcel.send(lambda: run([rsync, "-a", f"{parcel.source}/", parcel.target]))
+        until(lambda: parcel.calls)
         source = parcel.source.parent / "nothing but folders"
         for folder in native.folders.inbox.glob("[0-9]*"):
             (source / folder.name).mkdir(parents=True)
@@ -118,7 +122,7 @@ def test_rsync_that_deletes_unknown_files_removes_nothing_that_is_paid_for(nativ
         assert not any((native.folders.inbox / ".imagewatch").glob("*/*"))
     finally:
         native.sandbox.release()
-    until(lambda: parcel.over, PATIENCE)
+    until(lambda: parcel.over)
     assert (native.folders.outbox / parcel.name / "cat.receipt.toml").exists()
     assert len(parcel.calls) == 1
 
@@ -127,7 +131,7 @@ def test_rclone(parcel):
     rclone = program("rclone")
     config = parcel.source.parent / "rclone.conf"
     config.touch()
-    run([rclone, "--config", config, "copy", "--bwlimit", "600k", parcel.source, parcel.target])
+    parcel.send(lambda: run([rclone, "--config", config, "copy", "--bwlimit", "600k", parcel.source, parcel.target]))
     parcel.is_completed()
 
 

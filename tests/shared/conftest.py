@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, command
+from support.daemon import PATIENCE, Folders, command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,8 +45,8 @@ def team(tmp_path: Path, sandbox: Sandbox, database: str) -> Callable[..., Folde
             "shared__inbox": "common",
             "shared__lease_seconds": str(LEASE),
             "endpoint__connect_timeout_seconds": "2",
-            "endpoint__timeout_seconds": "4",
-            "endpoint__deadline_seconds": "4",
+            "endpoint__timeout_seconds": str(PATIENCE),
+            "endpoint__deadline_seconds": str(PATIENCE),
             **settings,
         }
         if first:
@@ -74,7 +74,7 @@ def kill_in_flight(sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> Callab
         before = sandbox.report()["requests"]
         sandbox.hold()
         daemon = run(folders, script=script)
-        assert sandbox.wait_for_requests(before + 1, 20)
+        assert sandbox.wait_for_requests(before + 1, PATIENCE)
         daemon.kill()
         sandbox.release()
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, LoggedDaemon, command, until
+from support.daemon import PATIENCE, Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,9 @@ sys.exit(Daemon(configured(), os.environ, reload=configured, holds=holds).run())
 """
 """A daemon whose holds last as long as a test likes; all else is as it is."""
 LONG = 600.0
+DEADLINE = 60.0
+PROBE_SECONDS = 2.5
+"""After so many seconds another daemon sends a probe instead of one that was killed, if a test says so."""
 IN_FLIGHT = "SELECT count(*) FROM imagewatch.attempts WHERE outcome = 'sent'"
 
 
@@ -54,7 +57,7 @@ class Account:
             "shared__instance": name,
             "shared__lease_seconds": "10",
             "endpoint__connect_timeout_seconds": "1",
-            "endpoint__deadline_seconds": "30",
+            "endpoint__deadline_seconds": str(DEADLINE),
             **settings,
         }
         self.folders[name] = Folders(self._path / name, self._base_url, **given)
@@ -117,7 +120,7 @@ def hold_the_next_probe(account: Account, sandbox: Sandbox, postgres: Server) ->
     before: int = sandbox.report()["requests"]
     sandbox.hold()
     assert command(account.folders["one"], "release").returncode == 0
-    assert sandbox.wait_for_requests(before + 1, 20), account.log()
+    assert sandbox.wait_for_requests(before + 1, PATIENCE), account.log()
     return before
 
 
@@ -173,10 +176,8 @@ def test_a_daemon_that_starts_during_a_hold_of_the_account_sends_nothing_and_rep
 def test_another_daemon_probes_after_the_one_that_probed_was_killed(
     account: Account, sandbox: Sandbox, postgres: Server
 ) -> None:
-    short = {"endpoint__deadline_seconds": "2"}
     sandbox.balance = 0
-    account.member("one", **short)
-    account.start("one", first_seconds=LONG, grace_seconds=0.5)
+    account.start("one", first_seconds=LONG, grace_seconds=PROBE_SECONDS - DEADLINE)
     account.folders["one"].prompt("first", "a cat")
     account.folders["one"].prompt("second", "a dog")
     until(account.errors, saw=account.log)
@@ -184,10 +185,10 @@ def test_another_daemon_probes_after_the_one_that_probed_was_killed(
     account.daemons["one"].kill()
     sandbox.balance = None
     sandbox.release()
-    account.member("two", **short)
+    account.member("two")
     account.folders["two"].prompt("third", "a bird")
-    account.start("two", grace_seconds=0.5)
-    assert sandbox.wait_for_requests(before + 2, 20), account.log()
+    account.start("two")
+    assert sandbox.wait_for_requests(before + 2, PATIENCE), account.log()
     until((account.folders["two"].outbox / "third.receipt.toml").exists, saw=account.log)
     assert account.daemons["two"].wait_for("released")["kind"] == "credits"
 
@@ -208,7 +209,7 @@ def test_no_daemon_of_the_account_records_an_attempt_after_hold_account_returned
 ) -> None:
     account.start("one", "two")
     account.prompts(60)
-    assert sandbox.wait_for_requests(4, 20), account.log()
+    assert sandbox.wait_for_requests(4, PATIENCE), account.log()
     sandbox.hold()
     held = command(account.folders["one"], "hold", "--account", "the invoice is checked")
     attempts = rows(postgres, account, "SELECT count(*) FROM imagewatch.attempts")
@@ -225,7 +226,7 @@ def test_no_daemon_of_the_account_records_an_attempt_after_hold_account_returned
     assert attempts < [(120,)]
     assert command(account.folders["two"], "status").returncode == 69
     assert command(account.folders["two"], "release", "--account").returncode == 0
-    until(lambda: account.completed() == 121, 60, saw=account.log)
+    until(lambda: account.completed() == 121, saw=account.log)
 
 
 def test_hold_and_release_with_account_work_while_the_daemon_of_this_host_is_down(

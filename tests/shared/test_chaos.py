@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import KEY, below, until
 from support.endpoint import unique_png
-from support.team import LEASE, Member, Team
+from support.team import LEASE, SHORT_DEADLINE, SHORT_LEASE, Member, Team
 
 from imagewatch.sandbox import Sandbox
 
@@ -193,7 +193,9 @@ def test_each_prompt_is_paid_at_most_once_and_comes_to_its_end(tmp_path: Path, o
     chance = random.Random(SEED)
     with (
         Sandbox(key=KEY, latency_seconds=0.5) as sandbox,
-        Team(tmp_path, own_postgres, sandbox, limits__concurrency=str(CONCURRENCY)) as team,
+        Team(
+            tmp_path, own_postgres, sandbox, limits__concurrency=str(CONCURRENCY), **SHORT_LEASE, **SHORT_DEADLINE
+        ) as team,
     ):
         for name in ("one", "two", "three"):
             team.member(name).start()

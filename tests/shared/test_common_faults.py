@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
-from support.common import DEADLINE, Inbox, initialize, wait_for_stop
+from support.common import DEADLINE, GIVEN_UP, Inbox, initialize, wait_for_stop
 from support.daemon import LoggedDaemon, command, until
 from support.proxy import Proxy
 
@@ -68,7 +68,7 @@ def stopped_at(world: Inbox, before: str, by: str) -> str:
         return world.check("cat", prompt)
     where = one.steps()[one.stopped() - 1]
     world.run(world.member("two"))
-    until(lambda: is_over(world) or world.calls(prompt) > 1, 40, saw=lambda: f"{where}\n{world.unfinished()}")
+    until(lambda: is_over(world) or world.calls(prompt) > 1, saw=lambda: f"{where}\n{world.unfinished()}")
     if by == "kill":
         world.run(one)
     else:
@@ -84,11 +84,12 @@ def test_a_daemon_that_continues_late_and_has_not_sent_sends_nothing_and_another
     inbox: Callable[..., Inbox],
 ) -> None:
     world, prompt = inbox(), "a cat, later"
-    one = world.members["one"]
+    one, two = world.members["one"], world.member("two")
+    two.environ["GIVEN_UP"] = str(DEADLINE)  # longer than the first one is stopped
     one.prompt("cat", prompt)
     first = world.run(one, stop_before="create|sent.1", by="stop")
     assert wait_for_stop(first, lambda: False)
-    second = world.run(world.member("two"))
+    second = world.run(two)
     second.wait_for("taken_over")
     claims = one.inbox / ".imagewatch"
     until(lambda: [path.suffix for path in claims.iterdir() if path.is_dir()] == [".2"])
@@ -224,13 +225,13 @@ def cut_off(world: Inbox, before: str, which: str, to_database: Proxy, to_endpoi
         one.go()
         world.run(world.member("two"))
         if which == "endpoint":
-            until(lambda: is_over(world) or bool(first.events("held") or first.events("not_sent")), 30)
+            until(lambda: is_over(world) or bool(first.events("held") or first.events("not_sent")))
         else:
-            until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")
+            until(lambda: is_over(world), saw=lambda: f"{world.unfinished()}")
             assert world.calls(prompt) <= max(sent, 1)
         for proxy in cut:
             proxy.restore()
-        world.settle(60)
+        world.settle()
         destination = world.check("cat", prompt)
         if any(step.endswith(".answer.1") for step in one.steps()[: one.stopped() - 1]):
             assert destination == "outbox"
@@ -275,7 +276,7 @@ def test_no_daemon_declares_an_unknown_charge_while_another_one_alone_has_the_re
     one, two = world.members["one"], world.member("two")
     second = world.run(two)
     second.wait_for("taken_over")
-    threading.Event().wait(DEADLINE + 4)
+    threading.Event().wait(GIVEN_UP + 3)
     assert world.folders().finished() == {}, "an unknown charge would be declared by now"
     if is_forgotten:
         named = command(two, "hosts", "forget", one.name)
@@ -323,7 +324,7 @@ def test_a_database_that_has_lost_its_last_commits_does_not_lead_to_a_second_pay
     replace_by_earlier(send)
     world.run(world.member("two"))
     if not is_saved:
-        until(lambda: is_over(world), 40, saw=lambda: f"{world.unfinished()}")
+        until(lambda: is_over(world), saw=lambda: f"{world.unfinished()}")
     assert command(one, "release", "--accept-new-ledger").returncode == 0
     world.run(one)
     world.settle()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from support.daemon import TESTS, command, until
+from support.daemon import PATIENCE, TESTS, command, until
+from support.team import SHORT_DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,15 +24,14 @@ def results(folders: Folders) -> int:
 def test_two_daemons_process_one_inbox_and_each_prompt_is_sent_once(
     team: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    patient = {"endpoint__timeout_seconds": "60", "endpoint__deadline_seconds": "60"}
-    one, two = team("one", **patient), team("two", **patient)
+    one, two = team("one"), team("two")
     daemons = [run(one, script=RUNNER), run(two, script=RUNNER)]
     sandbox.hold()
     for number in range(30):
         one.prompt(f"cat{number}", f"a cat {number}")
-    assert sandbox.wait_for_requests(one.config().limits.concurrency + 1, 20), "both send"
+    assert sandbox.wait_for_requests(one.config().limits.concurrency + 1, PATIENCE), "both send"
     sandbox.release()
-    until(lambda: results(one) == 30, timeout=60)
+    until(lambda: results(one) == 30)
     until(lambda: len(one.names("archive")) == 30)
     assert sandbox.report()["requests"] == 30
     until(lambda: one.names("inbox") == [])
@@ -53,11 +53,11 @@ def test_once_is_refused_and_sends_nothing(team: Callable[..., Folders], sandbox
 def test_a_request_in_flight_of_a_killed_daemon_is_an_unknown_charge_and_is_not_sent_by_another(
     team: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    one, two = team("one"), team("two")
+    one, two = team("one"), team("two", **SHORT_DEADLINE)
     first = run(one, script=RUNNER)
     sandbox.hold()
     one.prompt("cat", "a cat")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     first.kill()
     sandbox.release()
     second = run(two, script=RUNNER)

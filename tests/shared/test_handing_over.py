@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from structlog.testing import capture_logs
+from support.daemon import PATIENCE
 from support.peers import Peers
 
 from imagewatch.job.lost_jobs import LostJobs
@@ -88,11 +89,11 @@ def test_what_a_daemon_knows_of_its_request_does_not_concern_the_one_that_anothe
     one.disk.before["create|answer.1"] = lambda: hung.put(hang_at_commit(proxy, monkeypatch))
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(one.start)
-        assert hung.get(timeout=20).wait(20)
+        assert hung.get(timeout=PATIENCE).wait(PATIENCE)
         proxy.wait_for(b"COMMIT")
         proxy.cut()
         with pytest.raises(SpoolError):
-            result.result(20)
+            result.result(PATIENCE)
     assert (peers.outcomes(), sandbox.report()["requests"]) == ([], 0)
     job = peers.let_take_over(two)
     two.killed(lambda: two.process(job), "replace|answer.1")

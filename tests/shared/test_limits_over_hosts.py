@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support import noon
 from support.account import Account, Member
-from support.daemon import LoggedDaemon, command, until
+from support.daemon import PATIENCE, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_requests_in_a_minute_are_counted_over_all_daemons(
     for number in range(4):
         for member in members:
             member.prompt(f"{member.instance}{number}", f"{member.instance}{number}")
-    assert sandbox.wait_for_requests(5, 20)
+    assert sandbox.wait_for_requests(5, PATIENCE)
     until(lambda: len(account.finished()) == 5)
     until(lambda: all("rate" in member.holds() for member in members if len(member.finished()) < 4))
     assert sandbox.report()["requests"] == 5
@@ -145,7 +145,7 @@ def test_a_response_that_comes_after_another_daemon_has_taken_the_name_is_record
     shutil.copytree(one.state, copy.state, ignore=shutil.ignore_patterns("*.lock", "lock"))
     sandbox.hold()
     one.prompt("cat", "cat")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     run(copy)
     newest = "SELECT query FROM pg_stat_activity WHERE application_name = 'imagewatch presence one'"
     until(lambda: any("incarnation > " in query for (query,) in account.rows(newest)), what="it has noticed the other")
@@ -167,7 +167,7 @@ def test_a_changed_host_name_does_not_change_the_name_of_a_daemon(
     daemon.wait_for("started")
     sandbox.hold()
     member.prompt("cat", "cat")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     daemon.stop(signal.SIGKILL)
     sandbox.release()
 
@@ -188,7 +188,7 @@ def test_a_prompt_is_sent_soon_when_the_reservation_of_another_daemon_ends(
     one, two, _ = started(account, sandbox, run, limits__credits_per_day="30", limits__assumed_credits="30")
     sandbox.hold()
     one.prompt("cat", "cat [sandbox: 400]")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     two.prompt("dog", "dog")
     until(lambda: waiting(two) == 1)
     sandbox.release()

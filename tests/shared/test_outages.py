@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.account import RUNNER, TIMEOUTS, Account, Member
-from support.daemon import LoggedDaemon, command, until
+from support.daemon import PATIENCE, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,10 +60,10 @@ def test_a_hold_begins_while_the_database_is_out_of_reach_and_ends_when_it_is_ba
     until(lambda: account.is_over(1))
     getattr(proxy, fault)()
     member.prompt("cat", "cat")
-    until(lambda: "database" in member.holds(), 40, saw=daemon.log)
+    until(lambda: "database" in member.holds(), saw=daemon.log)
     assert sandbox.report()["requests"] == 1
     proxy.restore()
-    until(lambda: account.is_over(2), 40, saw=daemon.log)
+    until(lambda: account.is_over(2), saw=daemon.log)
     until(lambda: member.holds() == [])
     assert {line["kind"] for line in daemon.events("held")} == {"database"}
     assert daemon.wait_for("released")["kind"] == "database"
@@ -78,7 +78,7 @@ def test_a_daemon_ends_soon_while_the_database_hangs_and_publishes_the_response_
     daemon = begin(member)
     sandbox.hold()
     member.prompt("cat", "cat")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     getattr(proxy, fault)()
     sandbox.release()
     until(lambda: any(path.name.endswith(".answer.1") for path in member.answers()), saw=daemon.log)
@@ -102,12 +102,12 @@ def test_a_response_that_arrives_while_the_database_is_out_of_reach_is_published
     sandbox.hold()
     for stem in ("cat", "dog"):
         member.prompt(stem, stem)
-    assert sandbox.wait_for_requests(2, 20)
+    assert sandbox.wait_for_requests(2, PATIENCE)
     proxy.hang()
     sandbox.release()
-    until(lambda: "database" in member.holds(), 40)
+    until(lambda: "database" in member.holds())
     proxy.restore()
-    until(lambda: account.is_over(2), 40)
+    until(lambda: account.is_over(2))
     account.audit(sandbox.report(), {"cat", "dog"})
 
 
@@ -133,7 +133,7 @@ def test_a_lost_acknowledgement_of_a_reservation_does_not_keep_the_name(
     until(lambda: capped.status() != {})
     proxy.swallow_reply_of(b"COMMIT")
     capped.prompt("cat", "cat")
-    until(lambda: account.is_over(1), 30, saw=lambda: f"{account.open()}\n{daemon.log()}")
+    until(lambda: account.is_over(1), saw=lambda: f"{account.open()}\n{daemon.log()}")
     account.audit(sandbox.report(), {"cat"})
 
 
@@ -159,12 +159,12 @@ def test_a_server_that_crashes_while_requests_are_in_flight_loses_nothing(
     stems = {f"cat{number}" for number in range(4)}
     for stem in stems:
         member.prompt(stem, stem)
-    assert sandbox.wait_for_requests(4, 20)
+    assert sandbox.wait_for_requests(4, PATIENCE)
     own_postgres.kill()
     sandbox.release()
-    until(lambda: "database" in member.holds(), 30)
+    until(lambda: "database" in member.holds())
     own_postgres.start()
-    until(lambda: own_account.is_over(4), 40)
+    until(lambda: own_account.is_over(4))
     own_account.audit(sandbox.report(), stems)
 
 
@@ -178,17 +178,17 @@ def test_a_daemon_continues_on_the_synchronous_standby(
     stems = {"cat", "dog", "later"}
     for stem in ("cat", "dog"):
         member.prompt(stem, stem)
-    assert sandbox.wait_for_requests(2, 20)
+    assert sandbox.wait_for_requests(2, PATIENCE)
     own_postgres.kill()
     sandbox.release()
-    until(lambda: "database" in member.holds(), 30)
+    until(lambda: "database" in member.holds())
     standby.promote()
     standby.set(synchronous_standby_names="*")  # an administrator has made another standby
     other = standby.standby(synchronous=True)
     assert other.is_running
     own_account.server = standby
     member.prompt("later", "later")
-    until(lambda: own_account.is_over(3), 60, saw=daemon.log)
+    until(lambda: own_account.is_over(3), saw=daemon.log)
     own_account.audit(sandbox.report(), stems)
 
 
@@ -218,7 +218,7 @@ def test_a_standby_that_lacks_commits_is_refused_and_nothing_is_sent(
     (member.archive / "cat.prompt.txt").unlink(missing_ok=True)
     deliver(member)  # a sync tool brings it again
     member.prompt("dog", "dog")
-    until(lambda: member.holds() == ["database"], 40)
+    until(lambda: member.holds() == ["database"])
     own_account.server = standby
     assert own_account.rows("SELECT count(*) FROM imagewatch.attempts") == [(1,)]
     pause(TIMEOUTS)
@@ -240,7 +240,7 @@ def test_a_daemon_that_was_stopped_for_long_in_flight_continues(
     daemon = begin(member)
     sandbox.hold()
     member.prompt("cat", "cat")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     daemon.process.send_signal(signal.SIGSTOP)
     sandbox.release()
     pause(TIMEOUTS)
@@ -263,5 +263,5 @@ def test_what_a_crash_of_the_server_has_undone_is_done_again(
     own_postgres.kill()
     own_postgres.start()
     assert "done" not in member.job_states().values()
-    until(lambda: own_account.is_over(1), 30, saw=daemon.log)
+    until(lambda: own_account.is_over(1), saw=daemon.log)
     own_account.audit(sandbox.report(), {"cat"})

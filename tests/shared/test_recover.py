@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, LoggedDaemon, Running, command, until
+from support.daemon import PATIENCE, Folders, LoggedDaemon, Running, command, until
+from support.team import SHORT_DEADLINE
 
 from shared.test_common_inbox import RUNNER
 
@@ -57,7 +58,7 @@ def complete(folders: Folders, stem: str, run: Run) -> None:
     """Let a daemon of a common inbox process a prompt, and stop it."""
     daemon = run(folders, script=RUNNER)
     folders.prompt(stem, "a cat")
-    until(lambda: stem in folders.finished() and folders.names("inbox") == [], timeout=60)
+    until(lambda: stem in folders.finished() and folders.names("inbox") == [])
     assert daemon.stop() == 0
 
 
@@ -136,15 +137,15 @@ def test_a_job_that_was_in_flight_in_the_copy_gets_the_result_of_its_receipt(
     sandbox.hold()
     daemon = run(folders)
     folders.prompt("cat", "a cat")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
 
     def completed() -> None:
         sandbox.release()
-        until(lambda: folders.names("archive") == ["cat.prompt.txt"], timeout=60)
+        until(lambda: folders.names("archive") == ["cat.prompt.txt"])
         assert daemon.stop() == 0
 
     replace_by_earlier(completed)
-    until(lambda: command(folders, "db", "recover", "--yes").returncode == 0, timeout=60)
+    until(lambda: command(folders, "db", "recover", "--yes").returncode == 0)
     assert Running(folders, "once").wait() == 0
     assert folders.finished() == {"cat": "outbox"}
     assert [(row["outcome"], row["credits"]) for row in history(folders)] == [("completed", 30)]
@@ -225,9 +226,14 @@ def finish(run: Run) -> Finish:
 
     def act(folders: Folders, count: int) -> None:
         run(folders, script=RUNNER)
-        until(lambda: len(folders.finished()) == count and folders.names("inbox") == [], timeout=60)
+        until(lambda: len(folders.finished()) == count and folders.names("inbox") == [])
 
     return act
+
+
+def give_up_soon(folders: Folders) -> None:
+    """Let a daemon not wait for long for the response of one that was killed."""
+    folders.environ |= {f"IMAGEWATCH_{name.upper()}": value for name, value in SHORT_DEADLINE.items()}
 
 
 def killed_at(step: str, folders: Folders) -> None:
@@ -278,6 +284,7 @@ def test_a_witnessed_request_is_never_sent_again(
     replace_by_earlier(lambda: kill_in_flight(one, RUNNER))
     assert "its request was sent" in recovered(other, "--yes")
     assert "lacks no job" in recovered(other, "--yes")
+    give_up_soon(other)
     finish(other, 3)
     assert one.error("anna/cat")["charged"] == "unknown"
     assert sandbox.report()["requests"] == 3
@@ -329,7 +336,8 @@ def test_a_job_that_the_copy_has_as_claimed_is_not_taken_for_canceled(
     replace_by_earlier(lambda: kill_in_flight(one, RUNNER))
     seen("one", 0)
     assert "the daemon one on" in recovered(other, "--yes", code=75)
-    until(lambda: command(other, "db", "recover", "--yes").returncode == 0, timeout=60)
+    until(lambda: command(other, "db", "recover", "--yes").returncode == 0)
+    give_up_soon(other)
     finish(other, 3)
     assert one.error("cat")["charged"] == "unknown"
     assert sandbox.report()["requests"] == 3

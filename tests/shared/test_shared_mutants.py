@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from msgspec.structs import replace
-from support.daemon import until
+from support.daemon import PATIENCE, until
 
 from imagewatch.config.schema import Limits
 from imagewatch.system.errors import DatabaseError, SpoolError, UncertainError
@@ -89,8 +89,8 @@ def spend_twice_below_a_cap(database: str, postgres: Server, member: Callable[..
         locked = lost.waits(postgres, "Lock")
         until(lambda: locked() or postgres.psql(sleeping) == [(2,)])
         postgres.psql("DROP TABLE gate", database.rpartition("/")[2])
-        assert first.result(20) is None
-        assert second.result(20) is not None, "the cap is used up"
+        assert first.result(PATIENCE) is None
+        assert second.result(PATIENCE) is not None, "the cap is used up"
     assert lost.outcomes(postgres, database) == {("a", 1): "sent"}
 
 

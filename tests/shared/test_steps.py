@@ -80,7 +80,7 @@ class World:
         if daemon.process.poll() is not None:  # it could not start, and the service manager starts it again
             daemon = self.start("none", 0)
             daemon.wait_for("started")
-        until(lambda: self.account.is_over(len(STEMS)), 40, saw=lambda: f"{self.account.open()}\n{daemon.log()}")
+        until(lambda: self.account.is_over(len(STEMS)), saw=lambda: f"{self.account.open()}\n{daemon.log()}")
         until(lambda: self.folders.holds() == [], saw=lambda: str(self.folders.status().get("holds")))
         assert daemon.stop() == 0
         assert daemon.events("internal_error") == []

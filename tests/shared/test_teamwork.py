@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import noon
-from support.daemon import command, until
-from support.team import LEASE, Member, Team
+from support.daemon import PATIENCE, command, until
+from support.team import SHORT_LEASE, Member, Team
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from support.postgres import Server
 
     from imagewatch.sandbox import Sandbox
-
-LATE = LEASE + 10
-"""How long after a kill others may take to continue, seconds."""
-PATIENT = {"endpoint__timeout_seconds": "60", "endpoint__deadline_seconds": "60"}
-"""For daemons whose requests wait in the endpoint until the test lets it answer."""
 
 
 @pytest.fixture
@@ -45,26 +40,25 @@ def make(tmp_path: Path, postgres: Server, sandbox: Sandbox) -> Iterator[Callabl
         team.__exit__()
 
 
-def completed(team: Team, count: int, timeout: float = 30.0) -> None:
+def completed(team: Team, count: int) -> None:
     """Wait until so many prompts are completed and nothing of them is left."""
     __tracebackhide__ = True
     outbox = team.folders.outbox
     until(
         lambda: len(list(outbox.rglob("*.receipt.toml"))) == count and team.leftovers() == [],
-        timeout,
         saw=lambda: f"{team.folders.finished()}\n{team.leftovers()}",
     )
 
 
-def with_a_prompt_that_waits(make: Callable[..., Team], sandbox: Sandbox) -> Team:
-    """Start two daemons, and a prompt that the first one has to send once more in half a minute."""
-    team = make("one", "two", retry__initial_seconds="30", retry__max_seconds="30")
+def with_a_prompt_that_waits(make: Callable[..., Team], sandbox: Sandbox, **settings: str) -> Team:
+    """Start two daemons, and a prompt that the first one has to send once more in ten minutes."""
+    team = make("one", "two", retry__initial_seconds="600", retry__max_seconds="600", **settings)
     two = team.members["two"]
-    two.signal(signal.SIGSTOP)
+    two.pause()
     team.folders.prompt("cat", "a cat [sandbox: once 429-plain]")
-    assert sandbox.wait_for_requests(1, 20)
+    assert sandbox.wait_for_requests(1, PATIENCE)
     until(lambda: not team.in_flight())
-    two.signal(signal.SIGCONT)
+    two.resume()
     return team
 
 
@@ -80,11 +74,11 @@ def holds(member: Member) -> set[str]:
 def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_leads(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = with_a_prompt_that_waits(make, sandbox)
+    team = with_a_prompt_that_waits(make, sandbox, **SHORT_LEASE)
     one = team.members["one"]
     one.kill()
     team.folders.prompt("dog", "a dog")
-    assert sandbox.wait_for_requests(3, LATE)
+    assert sandbox.wait_for_requests(3, PATIENCE)
     assert team.leader() == "two"
     one.start()  # its state folder still has the response that was free
     completed(team, 2)
@@ -94,10 +88,10 @@ def test_what_a_killed_daemon_has_not_sent_is_sent_by_another_and_another_one_le
 def test_prompts_that_a_killed_daemon_had_taken_and_not_moved_are_sent_once(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = make("one", "two")
+    team = make("one", "two", **SHORT_LEASE)
     one, two = team.members.values()
-    one.signal(signal.SIGSTOP)
-    until(lambda: team.leader() == "two", 30)
+    one.pause()
+    until(lambda: team.leader() == "two")
     taken = "INSERT INTO jobs (account, inbox, instance, id, folder, stem, claim, state, opened_at, holder, epoch)"
     claim = '{"job":"0123456789abcdef","folder":"","stem":"cat","prompt":"cat.prompt.txt","images":[],"at":1.0}'
     values = f"VALUES ('main', 'common', 'removed', '0123456789abcdef', '', 'cat', '{claim}', 'open', 1, 'removed', 1)"
@@ -113,18 +107,18 @@ def test_prompts_that_a_killed_daemon_had_taken_and_not_moved_are_sent_once(
 def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_immediately(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = make("one", "two", limits__concurrency="2", **PATIENT)
+    team = make("one", "two", limits__concurrency="2")
     one, two = team.members.values()
     sandbox.hold()
     for number in range(12):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
-    assert sandbox.wait_for_requests(4, 20)
+    assert sandbox.wait_for_requests(4, PATIENCE)
     assert not sandbox.wait_for_requests(5, 1), "no daemon sends more than limits.concurrency at the same time"
     assert one.log is not None
     assert two.log is not None
     assert (len(one.events("leader_started")), two.events("leader_started")) == (1, [])
     one.signal(signal.SIGTERM)
-    until(lambda: team.leader() == "two", LEASE / 2)
+    until(lambda: team.leader() == "two", saw=lambda: "its lease lasts ten minutes")
     two.log.wait_for("leader_started")
     sandbox.release()
     assert one.log.end() == 0
@@ -140,7 +134,7 @@ def test_a_prompt_that_waits_for_its_next_attempt_is_sent_by_another_daemon_when
     team = with_a_prompt_that_waits(make, sandbox)
     one, two = team.members.values()
     assert one.stop() == 0
-    until(lambda: two.events("taken_over"), LEASE / 2)
+    until(lambda: two.events("taken_over"))
     one.start()  # its state folder still has the response that was free
     completed(team, 1)
     assert sandbox.report()["requests"] == 2
@@ -157,7 +151,7 @@ def test_a_leader_without_the_shared_folder_lets_another_one_lead(
     two = team.member("two")
     two.start().wait_for("started")
     (tmp_path / "mount").unlink()
-    until(lambda: team.leader() == "two", LATE)
+    until(lambda: team.leader() == "two")
     until(lambda: one.events("leader_ended") and two.events("leader_started"))
     team.folders.prompt("cat", "a cat")
     completed(team, 1)
@@ -184,7 +178,7 @@ def test_requests_in_a_minute_are_counted_over_all_daemons(make: Callable[..., T
     team = make("one", "two", "three", limits__requests_per_minute="5")
     for number in range(12):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
-    assert sandbox.wait_for_requests(5, 20)
+    assert sandbox.wait_for_requests(5, PATIENCE)
     until(lambda: len(team.folders.finished()) == 5)
     until(lambda: any("rate" in holds(member) for member in team.members.values()))
     assert not sandbox.wait_for_requests(6, 2)
@@ -207,7 +201,7 @@ def test_a_budget_of_a_folder_concerns_only_its_prompts(make: Callable[..., Team
 def test_a_prompt_that_is_delivered_again_is_not_sent_by_another_daemon(
     make: Callable[..., Team], sandbox: Sandbox
 ) -> None:
-    team = make("one", "two")
+    team = make("one", "two", **SHORT_LEASE)
     dropped = team.folders.prompt("cat", "a cat").stat()
     completed(team, 1)
     team.members[team.leader()].kill()
@@ -215,7 +209,7 @@ def test_a_prompt_that_is_delivered_again_is_not_sent_by_another_daemon(
     temporary.write_text("a cat")
     os.utime(temporary, ns=(dropped.st_atime_ns, dropped.st_mtime_ns))
     temporary.rename(team.folders.inbox / "cat.prompt.txt")
-    until(lambda: team.leftovers() == [], LATE)
+    until(lambda: team.leftovers() == [])
     assert sandbox.report()["requests"] == 1
 
 
@@ -258,10 +252,10 @@ def test_a_hold_of_the_account_concerns_all_daemons(make: Callable[..., Team], s
 def test_a_burst_is_released_from_any_host(make: Callable[..., Team], sandbox: Sandbox) -> None:
     team = make("one", "two", limits__burst="3")
     one, two = team.members.values()
-    one.signal(signal.SIGSTOP)
+    one.pause()
     for number in range(6):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
-    one.signal(signal.SIGCONT)
+    one.resume()
     one.log.wait_for("held")  # type: ignore[union-attr]
     assert sandbox.report()["requests"] == 0
     assert command(two.folders, "release").returncode == 0
@@ -296,7 +290,7 @@ def test_retry_is_done_by_another_daemon_if_the_one_that_has_the_response_does_n
     holder, other = charged_without_image(team)
     assert holder.stop() == 0
     assert command(other.folders, "retry", "cat").returncode == 0
-    until(lambda: other.events("response_reread"), LATE)
+    until(lambda: other.events("response_reread"))
     until(lambda: other.events("failed"), saw=lambda: str(other.logs[0].log()))
     assert sandbox.report()["requests"] == 1
     until(lambda: team.rows("SELECT state, holder FROM jobs") == [{"state": "kept", "holder": other.name}])
@@ -310,7 +304,7 @@ def test_retry_reports_that_only_a_removed_daemon_had_the_response(make: Callabl
         path.unlink()
     assert command(other.folders, "retry", "cat").returncode == 0
     assert command(other.folders, "hosts", "forget", holder.name, "--yes").returncode == 0
-    until(lambda: other.events("response_missing"), LATE)
+    until(lambda: other.events("response_missing"))
     assert holder.name in other.events("response_missing")[0]["reason"]
 
 
@@ -323,12 +317,12 @@ def test_submit_waits_for_a_prompt_whichever_daemon_has_it(make: Callable[..., T
 
 
 def test_a_reload_of_one_daemon_does_not_disturb_the_others(make: Callable[..., Team], sandbox: Sandbox) -> None:
-    team = make("one", "two", **PATIENT)
+    team = make("one", "two")
     one, _ = team.members.values()
     sandbox.hold()
     for number in range(4):
         team.folders.prompt(f"cat{number}", f"a cat {number}")
-    assert sandbox.wait_for_requests(2, 20)
+    assert sandbox.wait_for_requests(2, PATIENCE)
     one.signal(signal.SIGHUP)
     one.log.wait_for("reloaded")  # type: ignore[union-attr]
     team.folders.prompt("dog", "a dog")

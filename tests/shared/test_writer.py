@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from structlog.testing import capture_logs
-from support.daemon import until
+from support.daemon import PATIENCE, until
 
 from imagewatch.system.errors import DatabaseError
 from shared.test_lost_commits import claim, member, row, spend
@@ -83,24 +83,24 @@ def test_a_change_right_after_the_close_keeps_its_connection(
 
     def slow(self: module.PostgresDatabase) -> None:
         closing.set()
-        may_close.wait(20)
+        may_close.wait(PATIENCE)
         close(self)
         closed.set()
 
     def act(connection: Any) -> int:
         begun.set()
-        assert closed.wait(20)
+        assert closed.wait(PATIENCE)
         return int(connection.execute("SELECT 1 AS one").fetchone()["one"])
 
     monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(module.PostgresDatabase, "_close_writer", slow)
     with ThreadPoolExecutor(1) as pool:
         journal.close()
-        assert closing.wait(20)
+        assert closing.wait(PATIENCE)
         answer = pool.submit(journal.file.change, act)
         begun.wait(0.5)  # it does not begin before the connection of the earlier thread is closed
         may_close.set()
-        assert answer.result(20) == 1
+        assert answer.result(PATIENCE) == 1
 
 
 def test_a_bug_in_what_a_daemon_does_regularly_is_logged_and_it_continues_to_report_that_it_runs(

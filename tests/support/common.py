@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.daemon import TESTS, Folders, LoggedDaemon, Running, below, command, until
+from support.daemon import PATIENCE, TESTS, Folders, LoggedDaemon, Running, below, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 LEASE = 3.0
 RUNNER = str(TESTS / "support/common_runner.py")
-DEADLINE = 4
+DEADLINE = 60
+"""How long a request of a daemon may take, seconds: no request of a daemon that runs is given up."""
+GIVEN_UP = 5.0
+"""After so many seconds, the charge for a request of a daemon that was killed is unknown to another one."""
 
 
 class Member(Folders):
@@ -39,6 +42,7 @@ class Member(Folders):
             "IMAGEWATCH_ENDPOINT__DEADLINE_SECONDS": str(DEADLINE),
             "IMAGEWATCH_INBOX__RESCAN_SECONDS": "1",
             "LEASE": str(LEASE),
+            "GIVEN_UP": str(GIVEN_UP),
             "READ_ONLY_FILE": str(root / f"read-only-{name}"),
         }
         spare = Folders.__new__(Folders)
@@ -152,7 +156,7 @@ class Inbox:
         kept = self.kept()
         return [one for one in left + self.local() if not any(job in one for job in kept)]
 
-    def settle(self, timeout: float = 40.0) -> None:
+    def settle(self, timeout: float = PATIENCE) -> None:
         """Wait until nothing is left to do, for some time."""
         seen: list[float] = []
 
@@ -203,16 +207,17 @@ def wait_for_stop(daemon: LoggedDaemon, is_over: Callable[[], bool]) -> bool:
     stopped: list[bool] = []
 
     def is_there() -> bool:
-        if daemon.process.poll() is not None or _is_stopped(daemon.process.pid):
+        if daemon.process.poll() is not None or is_stopped(daemon.process.pid):
             stopped.append(True)
         return bool(stopped) or is_over()
 
-    until(is_there, 30)
+    until(is_there)
     assert daemon.process.poll() in {None, -signal.SIGKILL}, f"it has ended\n{daemon.log()}"
     return bool(stopped)
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal, or is over."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:

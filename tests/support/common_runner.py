@@ -9,6 +9,7 @@ response. Each is written to a file, one a line, so that a test sees where the p
     READ_ONLY_FILE  while it is there, the folder of claimed files cannot be changed
     STOP_BY      kill: SIGKILL; stop: SIGSTOP; pause: only the thread waits, until the file STEPS_FILE.go is there
     LEASE        how long a job is held after a sign of its daemon, seconds
+    GIVEN_UP     how long after another daemon has sent a request its charge is unknown, seconds
 """
 
 from __future__ import annotations
@@ -135,12 +136,12 @@ def _watch_request() -> None:
 
 
 if __name__ == "__main__":
-    common_steps._GRACE_SECONDS = 1.0
     _watch_changes()
     _watch_request()
     for owner, name in ((Common, "take"), (Common, "take_over"), (Handover, "fence"), (Handover, "give_back_late")):
         _counting(owner, name)
     log.configure("info", "json")
     config = load(None, os.environ)
+    common_steps._GRACE_SECONDS = float(os.environ["GIVEN_UP"]) - config.endpoint.deadline_seconds
     config = replace(config, shared=replace(config.shared, lease_seconds=float(os.environ["LEASE"])))
     sys.exit(Daemon(config, os.environ, disk=StoppingDisk(), holds=Holds(first_seconds=0.3)).run())

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).parents[1]
 KEY = "sk-let-test-0123456789"
+PATIENCE = 60.0
+"""Seconds after which a test gives up waiting; nothing is measured by it, however busy the machine is."""
 REMOTE_NAME = "imagewatch-test.invalid"
 """A name that no resolver knows: to find it takes a proxy."""
 STARTED: dict[str, Callable[[], str]] = {}
@@ -53,6 +55,7 @@ class Folders:
             "IMAGEWATCH_FOLDERS__ROOT": str(self.root),
             "IMAGEWATCH_FOLDERS__STATE": str(root / "state"),
             "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0",
+            "IMAGEWATCH_INBOX__RESCAN_SECONDS": "3600",  # longer than any wait: else it hides that an event was lost
             "IMAGEWATCH_RETRY__INITIAL_SECONDS": "0.01",
             "IMAGEWATCH_RETRY__MAX_SECONDS": "0.02",
             "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": "1000000",
@@ -294,7 +297,7 @@ def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.Com
 
 
 def until(
-    condition: Callable[[], Any], timeout: float = 20.0, *, saw: Callable[[], str] = lambda: "", what: str = ""
+    condition: Callable[[], Any], timeout: float = PATIENCE, *, saw: Callable[[], str] = lambda: "", what: str = ""
 ) -> None:
     """Wait until something outside of this process is so.
 

@@ -18,7 +18,7 @@ from support.ports import free_port
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 _CHUNK = 65536
 _READY = b"Z\0\0\0\5"
 """The start of the message with which PostgreSQL ends what it answers to a command (ReadyForQuery)."""

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from support.daemon import TESTS, Folders, LoggedDaemon, Running, command
+from support.daemon import PATIENCE, TESTS, Folders, LoggedDaemon, Running, command, until
 from support.postgres import SUPERUSER
 from support.proxy import Proxy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from imagewatch.sandbox import Sandbox
     from support.postgres import Server
 
+    Ask = Callable[..., list[dict[str, Any]]]
+
 LEASE = 10
 """The shortest lease that may be configured, seconds."""
+LONG_LEASE = 600
+"""So long that no daemon continues the work of another one because of the end of a lease, seconds."""
+SHORT_LEASE = {"shared__lease_seconds": str(LEASE)}
+"""For daemons of which one is killed or paused, and another one continues when its lease has ended."""
+SHORT_DEADLINE = {"endpoint__timeout_seconds": "4", "endpoint__deadline_seconds": "4"}
+"""For daemons that wait for the response of a killed one, and give up soon; they may give up their own, too."""
 RUNNER = str(TESTS / "support/chaos_runner.py")
 
 
@@ -33,8 +43,9 @@ class Member:
         logs: The same of all its processes.
     """
 
-    def __init__(self, name: str, folders: Folders, database: Proxy, endpoint: Proxy) -> None:
+    def __init__(self, name: str, folders: Folders, database: Proxy, endpoint: Proxy, ask: Ask) -> None:
         self.name, self.folders, self.database, self.endpoint = name, folders, database, endpoint
+        self._ask = ask
         self.log: LoggedDaemon | None = None
         self.logs: list[LoggedDaemon] = []
 
@@ -53,6 +64,42 @@ class Member:
         """Send a signal."""
         assert self.log is not None
         self.log.process.send_signal(number)
+
+    def pause(self) -> None:
+        """Stop it by SIGSTOP, at a time when no transaction of it is open: others would wait for what that has locked.
+
+        If one is open, it continues for a moment, and is stopped again.
+        """
+
+        def is_paused() -> bool:
+            self.signal(signal.SIGSTOP)
+            if self._is_idle():
+                return True
+            self.signal(signal.SIGCONT)
+            return False
+
+        until(is_paused, what=f"{self.name} is stopped outside of a transaction")
+
+    def resume(self) -> None:
+        """Let it continue."""
+        self.signal(signal.SIGCONT)
+
+    def _is_idle(self) -> bool:
+        """Whether no session of this daemon, which is stopped, is in a transaction, also a moment later.
+
+        What it has sent may still be on the way at the first look.
+        """
+        looks = []
+        for _ in range(2):
+            until(lambda: "active" not in self._states())
+            looks.append(self._states())
+            threading.Event().wait(0.2)
+        return all(look <= {"idle"} for look in looks)
+
+    def _states(self) -> set[str]:
+        """The states of its sessions in the database."""
+        question = "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE %s"
+        return {row["state"] for row in self._ask(question, f"imagewatch % {self.name}")}
 
     def kill(self) -> None:
         """End it with SIGKILL, also while it is stopped."""
@@ -78,20 +125,24 @@ class Team:
         server: The PostgreSQL.
         sandbox: The endpoint.
         settings: Of all daemons, as for ``Folders``.
+
+    Attributes:
+        database: The name of the database.
     """
 
     def __init__(self, root: Path, server: Server, sandbox: Sandbox, **settings: str) -> None:
         self.server, self.sandbox = server, sandbox
         self._root = root
         self._uri = server.database()
+        self.database = self._uri.rpartition("/")[2]
         given = {
             "shared__database": self._uri,
             "shared__durability": "single",
             "shared__inbox": "common",
-            "shared__lease_seconds": str(LEASE),
+            "shared__lease_seconds": str(LONG_LEASE),
             "endpoint__connect_timeout_seconds": "2",
-            "endpoint__timeout_seconds": "4",
-            "endpoint__deadline_seconds": "4",
+            "endpoint__timeout_seconds": str(PATIENCE),
+            "endpoint__deadline_seconds": str(PATIENCE),
             **settings,
         }
         self.folders = Folders(root, sandbox.base_url, **given)
@@ -124,14 +175,14 @@ class Team:
             "IMAGEWATCH_FOLDERS__STATE": str(folders.state),
             **{f"IMAGEWATCH_{key.upper()}": value for key, value in settings.items()},
         }
-        self.members[name] = Member(name, folders, database, endpoint)
+        self.members[name] = Member(name, folders, database, endpoint, self.rows)
         return self.members[name]
 
     def rows(self, question: str, *values: object) -> list[dict[str, Any]]:
         """Ask the database directly, whatever daemons can reach."""
         import psycopg  # noqa: PLC0415  not installed everywhere
 
-        uri = self.server.uri(self._uri.rpartition("/")[2], SUPERUSER)
+        uri = self.server.uri(self.database, SUPERUSER)
         with contextlib.closing(psycopg.connect(uri, autocommit=True)) as connection:
             connection.execute("SET search_path = imagewatch")
             cursor = connection.execute(question.encode(), values or None)
