@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from imagewatch.protocol.notice import HoldNotice, Notice
 
 _NOT_RUNNING = "ask the administrator to start it"
+_SILENT = "the daemon is probably not running: it has not written its status since the prompt was dropped"
+_SILENT_SECONDS = 30.0
+"""A daemon finds a prompt after ``settle_seconds`` and ``rescan_seconds`` at most, and then has this long to write."""
 
 
 class QueueState(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +48,8 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
 class QueueReport:
     """Reports once that the queue is on hold or that the daemon is not running, and again if that changes.
 
+    It is created before prompts are dropped: a daemon that runs writes its status again soon after it.
+
     Args:
         config: Where the status is.
         folder: The folder below the inbox into which prompts are dropped.
@@ -67,6 +72,12 @@ class QueueReport:
         self._clock = clock
         self._print = print_line
         self._reported: tuple[str, str] | None = None
+        inbox = config.inbox
+        self._silent_seconds = inbox.settle_seconds + inbox.rescan_seconds + _SILENT_SECONDS
+        page = self._page()
+        self._written_before = page.written_at if page else None
+        self._dropped_at: float | None = None
+        self._count = 0
 
     def read(self) -> QueueState | None:
         """Return why prompts are not processed soon; None if they are, or if that is not known."""
@@ -79,8 +90,16 @@ class QueueReport:
     def _state(self, page: Notice) -> QueueState | None:
         if not page.is_running(self._clock()):
             return _not_running(page)
+        if self._is_silent(page):
+            return QueueState(state="not_running", message=_SILENT, next=_NOT_RUNNING)
         holds = [hold for hold in page.holds if self._concerns(hold)]
         return _on_hold(holds[0]) if holds else None
+
+    def _is_silent(self, page: Notice) -> bool:
+        """Return whether prompts are in the inbox for so long that a daemon would have written its status again."""
+        if self._dropped_at is None or not self._count or page.written_at != self._written_before:
+            return False
+        return self._clock() - self._dropped_at >= self._silent_seconds
 
     def _concerns(self, hold: HoldNotice) -> bool:
         if hold.folder is not None and hold.folder != self._folder:
@@ -91,8 +110,13 @@ class QueueReport:
         """Print it, if that differs from what was printed last.
 
         Args:
-            count: How many prompts are in the inbox.
+            count: How many prompts are in the inbox; first called when they were dropped.
         """
+        self._count = count
+        if self._dropped_at is None:
+            self._dropped_at = self._clock()
+        if not count:
+            return
         page = self._page()
         if page is None:  # nothing is known, so nothing has ended
             return

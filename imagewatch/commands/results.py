@@ -61,8 +61,15 @@ def _markdown(job: Result, image: str) -> str:
     return f"![{alt}]({quote(os.fsencode(os.path.relpath(image)))})"
 
 
-def report(jobs: Sequence[Result], left: Sequence[Result], config: Config) -> None:
-    """Print costs, problems, and the prompts that are not finished, on standard error."""
+def report(jobs: Sequence[Result], left: Sequence[Result], config: Config, *, is_running: bool = True) -> None:
+    """Print costs, problems, and the prompts that are not finished, on standard error.
+
+    Args:
+        jobs: The prompts.
+        left: Those that are not finished.
+        config: Where the inbox is.
+        is_running: Whether a daemon runs, as far as is known.
+    """
     for job in jobs:
         source, charged = printable(job.source), CHARGED.get(str(job.facts.get("charged")), "")
         if job.destination == "errors":
@@ -76,7 +83,10 @@ def report(jobs: Sequence[Result], left: Sequence[Result], config: Config) -> No
     if left:
         those, verb, it = ("prompt", "is", "it") if len(left) == 1 else ("prompts", "are", "them")
         where = printable(config.folders.inbox)
-        unfinished = f"{len(left)} {those} {verb} not finished. The daemon will process {it}"
+        then = f"The daemon will process {it}"
+        if not is_running:
+            then = f"{'It is' if it == 'it' else 'They are'} processed when the daemon runs again"
+        unfinished = f"{len(left)} {those} {verb} not finished. {then}"
         click.echo(f"{unfinished}; to cancel, remove {it} from {where}.", err=True)
         name_dropped(left, config)
 

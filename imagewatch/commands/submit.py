@@ -444,13 +444,15 @@ def _wait_and_report(call: _Call, waiting: Waiting) -> NoReturn:
             _clear()
             say(f"imagewatch: {_reasons(error)[0]}")
             left = waiting.refresh()
+        _clear()
+        call.queue.report(waiting.unclaimed())
     except SpoolError:
         _report_before_failing(call)
         raise
-    _clear()
     call.is_printed = True
     _print_results(call)
-    report(call.jobs, left, call.config)
+    queue = call.queue.read()
+    report(call.jobs, left, call.config, is_running=queue is None or queue.state != "not_running")
     if left:  # before a failure: a script takes 1 for the end, and drops prompts again that may yet be charged
         sys.exit(EXIT_HELD)
     sys.exit(EXIT_FAILED if any(job.destination == "errors" for job in call.jobs) else 0)

@@ -118,12 +118,13 @@ class Completion:
             message = f"{message}; tried {attempt.made} times; nothing was charged"
         outcome = "unknown" if is_unknown else "refused"
         row = row_of(job, attempt, outcome, kind.charged, message=message, code=verdict.code)
+        status = attempt.head.status if attempt.head else 0
         top = {
             "message": message,
-            "status": (attempt.head.status if attempt.head else 0) or None,
+            "status": status or None,
             "code": printable(verdict.code, 200) or None,
             "credits_required": verdict.credits_required,
-            "next": kind.retry,
+            "next": kind.retry_of.get(status, kind.retry),
         }
         self._reject(job, attempt, row, top)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 QUOTA, NOT_ADMITTED, JSON_OBJECT = "it names a quota", '"admitted": false', "a JSON object that is not empty"
 """What the body of a response must contain, where its status alone is not enough."""
+_API_FAILED = "the API failed; move the prompt back into the inbox to try again; nothing was charged"
 DISK_SECONDS = 5.0
 """How long after the local disk or the shared database failed the next test is made."""
 
@@ -64,6 +65,7 @@ class Kind:
             that fits a response counts.
         next: Next step while the hold lasts, for the administrator.
         retry: Next step in the error file, for the sender.
+        retry_of: The same for HTTP statuses for which it differs.
         seconds: How long the hold lasts if the reason sets no time; None: see ``journal.holds``.
         is_own: Whether it is our own limit; it is not checked again after the request was admitted.
         is_short: Whether it is our own limit for a short time: a job that waits for it stays claimed.
@@ -78,6 +80,7 @@ class Kind:
     statuses: Mapping[int, str] = field(default_factory=dict)
     next: str = ""
     retry: str = "fix the cause, then move the prompt back into the inbox"
+    retry_of: Mapping[int, str] = field(default_factory=dict)
     seconds: float | None = None
     is_own: bool = False
     is_short: bool = False
@@ -118,6 +121,7 @@ RESPONSES = (
         "no",
         Reaction.REFUSED,
         statuses=dict.fromkeys({*range(400, 500)} - {401, 402, 403, 404, 405, 408, 429}, "") | {500: JSON_OBJECT},
+        retry_of=dict.fromkeys((409, 500), _API_FAILED),
     ),
     Kind(
         "key",

@@ -227,7 +227,7 @@ _ALL_TAGS: Final = (
     ),
     _sets("no-billing", "", "the response has no billing", billing=False),
     _sets("gzip", "", "the response is compressed", gzip=True),
-    Tag("once", "TAG", "TAG for the first attempt of a job only (by Idempotency-Key, else by prompt)", _only_counts),
+    Tag("once", "TAG", "TAG for the first attempt of a job only; each drop and each probe is a new job", _only_counts),
     Tag("times", "K TAG", "TAG for the first K attempts of a job (by Idempotency-Key, else by prompt)", _only_counts),
 )
 

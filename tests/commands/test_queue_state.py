@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import Folders, LoggedDaemon, command, until
 
+from imagewatch.commands import queue_state
 from imagewatch.commands.common import load_folders
+from imagewatch.commands.main import cli
 from imagewatch.commands.queue_state import QueueReport
 from imagewatch.protocol import notice
 from imagewatch.protocol.notice import HoldNotice, Notice
@@ -102,6 +105,57 @@ def test_what_has_ended_is_reported_and_a_status_that_was_removed_ends_nothing(f
     lines.clear()
     report.report(1)
     assert lines == []
+
+
+def test_a_status_that_is_not_written_again_after_a_drop_shows_that_no_daemon_runs(folders: Folders) -> None:
+    now, lines = [1_800_000_000.0], list[str]()
+    write(folders, written_at=notice.at(now[0]), next_writing_at=notice.at(now[0] + 3600))
+    report = QueueReport(folders.config(), "", None, lambda: now[0], lines.append)
+    report.report(1)
+    now[0] += 59
+    report.report(1)
+    assert (lines, report.as_json()) == ([], None)
+    now[0] += 2
+    report.report(1)
+    assert lines == [
+        "imagewatch: the daemon is probably not running: it has not written its status since the prompt was dropped",
+        "  The prompt stays in the inbox. What to do: ask the administrator to start it",
+    ]
+    report.report(0)  # removed before a daemon could list it
+    assert report.as_json() is None
+
+
+def test_a_daemon_that_runs_writes_its_status_again_after_a_drop(folders: Folders, run: Run) -> None:
+    run(folders)
+    command(folders, "hold", "lunch")
+    until(lambda: (page := notice.read(folders.root)) is not None and page.state == "on_hold")
+    late, lines = [0.0], list[str]()
+    report = QueueReport(folders.config(), "", None, lambda: time.time() + late[0], lines.append)
+    folders.prompt("cat", "+++\ninput_images = []\n+++\na cat")
+    report.report(1)
+    until(lambda: (page := notice.read(folders.root)) is not None and page.waiting.count == 1)
+    late[0] = 100
+    report.report(1)
+    assert [line for line in lines if "not running" in line] == []
+
+
+def test_after_the_timeout_submit_does_not_promise_what_a_killed_daemon_cannot_do(
+    folders: Folders, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon = run(folders)
+    until(lambda: notice.read(folders.root))
+    daemon.stop(signal.SIGKILL)
+    monkeypatch.setattr(queue_state, "_SILENT_SECONDS", 1.0 - folders.config().inbox.rescan_seconds)
+    for name, value in folders.environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["submit", "a cat", "--wait", "--timeout", "2", "--json"], standalone_mode=False)
+    assert ended.value.code == 69
+    out, err = capsys.readouterr()
+    assert err.count("the daemon is probably not running") == 1
+    assert "1 prompt is not finished. It is processed when the daemon runs again; to cancel, remove it from" in err
+    assert "The daemon will process it" not in err
+    assert json.loads(out)[0]["queue"]["state"] == "not_running"
 
 
 def test_while_the_daemon_runs_submit_says_nothing(folders: Folders, run: Run) -> None:
