@@ -152,9 +152,43 @@ def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     waits(used, daemon, sandbox, "the ledger is missing", "release --accept-new-ledger")
     shutil.copyfile(kept, tmp_path / "restored")
     (tmp_path / "restored").rename(ledger(used))
+    if when == "before it starts, with its id":
+        waits(used, daemon, sandbox, "was put here", "release --accept-new-ledger")
+        assert command(used, "release", "--accept-new-ledger").returncode == 0
     continues(used, sandbox)
     assert daemon.stop() == 0
     assert ("before.prompt.txt", "completed") in rows(ledger(used))
+
+
+def test_a_ledger_that_is_restored_into_a_new_state_folder_holds_the_queue_until_a_person_accepts_it(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.sqlite3"
+    shutil.copyfile(ledger(used), kept)
+    shutil.rmtree(used.state)
+    used.state.mkdir(mode=0o700)
+    shutil.copyfile(kept, ledger(used))
+    assert "was put here" in command(used, "check").stdout
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "was put here", "release --accept-new-ledger")
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    continues(used, sandbox)
+    assert daemon.stop() == 0
+    run(used)
+    until(lambda: holds(used) == [])
+
+
+def test_a_ledger_that_is_renamed_back_from_a_new_state_folder_is_the_newest(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
+    daemon = run(used)
+    ledger(used).unlink()
+    (used.state / "identity").unlink()
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", ".saved-1")
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    continues(used, sandbox)
 
 
 def test_a_ledger_that_is_deleted_while_in_use_is_saved_beside_its_place(
