@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config
     from imagewatch.endpoint.client import Client
 
+_CREDENTIALS = "/run/credentials/imagewatch.service"
 _ALL = os.R_OK | os.W_OK | os.X_OK
 
 
@@ -119,9 +120,7 @@ def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     source = key_source(config.endpoint, environ)
     if not source and (whose := _daemon(config)):
         why = f"not visible to this command: {whose} and may have its own systemd credential or environment variable"
-        environ_of = "CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service"
-        hint = f"to check it, run as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
-        yield Line("warn", "key", printable(f"{why} ({hint})"))
+        yield Line("warn", "key", printable(f"{why} ({_with_its_key(config)})"))
         return
     try:
         read_key(config.endpoint, environ)
@@ -142,6 +141,14 @@ def _daemon(config: Config) -> str:
         return "a daemon is running" if locked(os.path.join(state, "lock")) else ""
     except (OSError, SpoolError):
         return ""
+
+
+def _with_its_key(config: Config) -> str:
+    """Return how to run the command with the key of a daemon: a service of the system has a folder with it."""
+    if os.path.isdir(_CREDENTIALS) or is_hidden(_CREDENTIALS):
+        environ_of = f"CREDENTIALS_DIRECTORY={_CREDENTIALS}"
+        return f"to check it, run as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
+    return "to check it, run this command with the variables that the daemon was started with, such as LETTA_API_KEY"
 
 
 def _owner(config: Config) -> str:
