@@ -20,6 +20,7 @@ from imagewatch.commands.ledger import has_journal, open_ledger
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.shared import instance_of
+from imagewatch.daemon import status
 from imagewatch.job.claims import HINT
 from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
@@ -64,7 +65,7 @@ class Line:
 
 def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """Check folders, key, and everything else that could stop the daemon from starting."""
-    yield Line("ok", "configuration", config.source)
+    yield Line("ok", "configuration", config.source + _newer(config))
     yield Line("ok", "endpoint", config.endpoint.base_url)
     yield from _refused(config, environ)
     kinds = Kinds()
@@ -84,6 +85,19 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         yield from _claims(config, kinds)
     yield from _key(config, environ)
     yield from (Line(*line) for line in receivers(config.notify, environ))
+
+
+def _newer(config: Config) -> str:
+    """Return a note if the file was changed after a daemon started; whether that was reloaded since is not known."""
+    page = status.read(config.folders.state)
+    if page is None:
+        return ""
+    with contextlib.suppress(OSError, SpoolError):  # there may be no file, or a daemon that this user may not see
+        changed, is_running = os.stat(config.source).st_mtime, locked(os.path.join(config.folders.state, "lock"))
+        if is_running and changed > status.moment(page["started"]).timestamp() + 1:  # it is written in whole seconds
+            when = f"changed at {local(changed)}, after the daemon started"
+            return f" ({when}; unless it was reloaded since, it is not in use yet)"
+    return ""
 
 
 def _journal(config: Config) -> Iterator[Line]:

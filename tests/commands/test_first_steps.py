@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +224,31 @@ def test_a_command_that_reads_the_presets_anew_does_not_recommend_a_reload(tmp_p
     done = command(folders, "submit", "--preset", "poter", "A cat")
     assert done.returncode == 64
     assert 'there is no preset "poter" (did you mean "poster"?)' in done.stderr
+
+
+def test_check_says_if_the_configuration_is_newer_than_the_daemon(
+    folders: Folders, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def line() -> dict[str, str]:
+        (found,) = (
+            one
+            for one in json.loads(command(folders, "check", "--json").stdout)["settings"]
+            if one["what"] == "configuration"
+        )
+        return found
+
+    file = tmp_path / "imagewatch.toml"
+    file.write_text("[presets.poster]\nn = 2\n")
+    folders.environ["IMAGEWATCH_CONFIG"] = str(file)
+    at = time.time()
+    os.utime(file, (at - 60, at - 60))
+    daemon = run(folders)
+    until((folders.state / "status.json").exists)
+    assert line() == {"verdict": "ok", "what": "configuration", "why": str(file)}
+    os.utime(file, (at + 60, at + 60))
+    assert "after the daemon started; unless it was reloaded since, it is not in use yet" in line()["why"]
+    daemon.stop()
+    assert line()["why"] == str(file)
 
 
 # Missing files
