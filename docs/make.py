@@ -102,7 +102,8 @@ METRICS_FOOT = """
   `[notify]`. Those of the balance appear when the API has reported one.
 - If daemons share an account, `imagewatch_period_jobs`, `imagewatch_period_credits`, `imagewatch_balance_credits`,
   `imagewatch_budget_credits` and `imagewatch_redelivered_prompts_total` are those of the account, with the same value
-  from each host: use `max`, not `sum`.
+  from each host: use `max`, not `sum`. Those of an idle host are as of its last scan, up to `inbox.rescan_seconds`
+  (30 seconds by default) ago.
 - While the daemon is down, `imagewatch_up` is 0, and the figures about waiting prompts are those of its last scan.
 """
 _SUMS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0, "cap": 1}

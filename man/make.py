@@ -59,7 +59,12 @@ The ledger with the records of all jobs, and saved responses; private. A service
 .SH ENVIRONMENT
 .TP
 .B LETTA_API_KEY
-The API key, unless the configuration names a file or a command.
+The API key, unless the configuration names a file or a command, or systemd gives the credential
+.BR letta_api_key .
+.TP
+.B CREDENTIALS_DIRECTORY
+The folder of systemd's credentials, such as
+.BR letta_api_key .
 .TP
 .B LETTA_BASE_URL
 The URL of the API, unless the configuration names one.

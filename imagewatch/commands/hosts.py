@@ -49,7 +49,8 @@ def forget(name: str, path: str | None, *, yes: bool) -> None:
 
     NAME is its instance in "imagewatch hosts". With --yes, each of its requests without a result counts as an unknown
     charge and is not sent again. Prompts that it has claimed are in its own folders; in a common inbox, other daemons
-    take them over. If it comes back after all, it continues its jobs.
+    take them over, and responses that only it has become unknown charges. If it comes back after all, it continues its
+    jobs, and publishes the responses that it has.
 
     Without --yes, nothing is changed, and the exit code is 1.
     """
@@ -78,8 +79,10 @@ def _show(left: Left, name: str, *, is_done: bool, is_common: bool) -> None:
     if len(left.sent) > _MOST_NAMES:
         click.echo(f"  and {len(left.sent) - _MOST_NAMES} more")
     if left.alone:
+        ends = "end" if is_done else "would end"
         click.echo(
-            f"Only in its state folder, and not published until it is back: {counted(len(left.alone), 'response')}."
+            f"Only in its state folder: {counted(len(left.alone), 'response')}. These prompts {ends} in the "
+            "errors folder, as unknown charges unless the ledger has the charge. If it comes back, it publishes them."
         )
         for job, source in left.alone[:_MOST_NAMES]:
             click.echo(f"  {printable(source)} (job {job})")

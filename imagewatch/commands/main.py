@@ -80,17 +80,19 @@ Exit codes:
       not be restored (hosts forget, db recover); the file system of a common
       inbox is not good enough (check --shared)
   64  the command line is wrong
-  69  on hold (once, status); the shared database cannot be used; submit,
-      again: dropped, but not known to be finished; do not run it again
-      (except submit --table)
+  69  on hold, a cap or budget that is reached included (once, status);
+      the shared database cannot be used; submit, again: dropped, but not
+      known to be finished; do not run it again (except submit --table)
   70  internal error, or a job is stuck and needs a person (once);
       check the folders first
   74  a local disk is full, read-only or missing, or a job is stuck and is
       retried automatically (once)
-  75  another imagewatch uses this inbox; another daemon has this instance
-      name (run); a daemon of the inbox runs (db recover, migrate); another
-      submit --table drops rows into this folder
-  78  the configuration is wrong"""
+  75  another imagewatch uses this inbox or this state folder; the inbox is
+      a common one with another name or account; another daemon has this
+      instance name (run); a daemon of the inbox runs (db recover, migrate);
+      another submit --table drops rows into this folder
+  78  the configuration is wrong; check: a setting, the key, a folder, the
+      disk or the ledger is bad; db check: the server or its tables are"""
 
 
 class _Commands(click.Group):
@@ -147,7 +149,7 @@ def cli() -> None:
     the errors folder, with the reason and whether it was charged. imagewatch pays at most once per prompt and keeps
     every response it receives.
 
-    New here? "imagewatch demo" shows everything in ten seconds, without a key.
+    New here? "imagewatch demo" shows everything in a few seconds, without a key.
     """
 
 

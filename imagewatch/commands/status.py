@@ -46,11 +46,13 @@ _MOST_FOLDERS = 10
 def status(path: str | None, *, as_json: bool, prometheus: bool, for_all: bool, watch: bool) -> None:
     """Show what the daemon does: prompts, requests, holds, credits.
 
-    Also works while the daemon is not running. Exits with code 69 while the queue is on hold.
+    Also works while the daemon is not running. Exits with code 69 while the queue is on hold, also if only the prompts
+    of one provider or folder wait, as at a cap or a budget that is reached.
 
-    If daemons share an account in a database, the sums are those of the account. --all shows each daemon of the
-    account as it last reported itself, at most a quarter of shared.lease_seconds ago while it runs. It exits with code
-    69 while the account or one of its daemons is on hold.
+    If daemons share an account in a database, the sums are those of the account; on an idle host, they are as of its
+    last scan, up to inbox.rescan_seconds ago. --all shows each daemon of the account as it last reported itself, at
+    most a quarter of shared.lease_seconds ago while it runs. It exits with code 69 while the account or one of its
+    daemons is on hold.
     """
     if prometheus and (as_json or watch or for_all):
         other = "--json" if as_json else "--all" if for_all else "--watch"

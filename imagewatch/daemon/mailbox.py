@@ -31,6 +31,11 @@ class Signalled:
 
 
 @dataclass(frozen=True)
+class Woken:
+    """A signal came, and its handler runs now; there is nothing else to do. See ``signals``."""
+
+
+@dataclass(frozen=True)
 class Saved:
     """The response to a request is on the local disk: its job needs no request any more."""
 
@@ -68,7 +73,7 @@ class Offered:
     """A prompt is offered to the daemons of the inbox."""
 
 
-Message = Hinted | Asked | Offered | Signalled | Saved | Finished | DiskFailed | Notified
+Message = Hinted | Asked | Offered | Signalled | Woken | Saved | Finished | DiskFailed | Notified
 
 
 class Mailbox:

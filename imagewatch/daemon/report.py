@@ -99,13 +99,16 @@ class Report:
 
     def write_if_due(self) -> None:
         """Write the status files if something has changed, but not too often."""
+        is_idle = self._has_worked and not self._parts.jobs.any_at_work
+        if is_idle:
+            self._parts.status.idle()
         due = self._parts.status.due
         if due is None or self._parts.now() < due:
             if self._in_folders.is_due():
                 self._write_in_folders()
             return
         self.write()
-        if self._has_worked and not self._parts.jobs.any_at_work:
+        if is_idle:
             self._has_worked = False
             memory.give_back()
 

@@ -41,6 +41,8 @@ SCHEMA = 2
 FILE = "status.json"
 _MOST_NAMES = 100
 _INTERVAL = 1.0
+_CHEAP = 0.01
+"""A page that takes so much processor time at most is written immediately when the last job has ended, seconds."""
 _NONE: MappingProxyType[str, str] = MappingProxyType({})
 
 
@@ -154,7 +156,7 @@ class Status:
         self._last: tuple[dict[str, float], dict[str, float], int, tuple[float, float] | None]
         self._last = dict(NO_TOTALS), dict(NO_TOTALS), 0, None
         self._due: float | None = None
-        self._not_before = 0.0
+        self._not_before = self._cost = 0.0
         self._counts = Counts()
         self.events: Events | None = None
         self.state = "starting"
@@ -178,6 +180,10 @@ class Status:
             self._due = self._now()
         elif self._due is None:
             self._due = self._not_before
+
+    def idle(self) -> None:
+        """Note that the last job in flight has ended: who waited for it looks at the file now."""
+        self.change(at_once=self._cost < _CHEAP)
 
     @property
     def redelivered(self) -> int:
@@ -220,7 +226,8 @@ class Status:
         finally:
             # Writing takes a hundredth of our time at most, however long the sums of the ledger take. A wait for a
             # locked ledger does not count: the status is needed most then.
-            self._not_before = self._now() + max(_INTERVAL, 100 * (self._processor() - began))
+            self._cost = self._processor() - began
+            self._not_before = self._now() + max(_INTERVAL, 100 * self._cost)
         return page
 
     def _page(self, result: ScanResult, ready: int, capped: Mapping[str, str]) -> dict[str, Any]:

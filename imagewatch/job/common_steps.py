@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from imagewatch.job.record import Record
     from imagewatch.job.running import RunningJob
-    from imagewatch.job.sending import Sending
+    from imagewatch.job.sending import Fate, Sending
     from imagewatch.job.spool import Spool
     from imagewatch.journal.journal import Journal
-    from imagewatch.protocol.values import Claim
+    from imagewatch.protocol.values import Claim, Decision
 
 _GRACE_SECONDS = 60.0
 """How long after its deadline a request of another daemon may be without a result before its charge is unknown."""
@@ -176,6 +176,25 @@ class CommonSteps:
         witnesses = [one for one in self._handover.witnesses(job) if one.attempt == attempt]
         return any(one.instance not in {"", self._common.instance} for one in witnesses)
 
+    def is_news(self, fate: Fate) -> bool:
+        """Return whether only this process knows that a request was not sent, though how its job ends is decided."""
+        return self.is_on and not fate.is_saved and fate.left is not Left.WHOLE
+
+    def is_late(self, record: Record, decision: Decision) -> bool:
+        """Return whether a job is about to end without the result of its request, which this daemon has meanwhile.
+
+        Another daemon has decided that the charge is unknown; see ``hand_over`` for what comes then.
+
+        Raises:
+            SpoolError: The journal or the disk cannot be used.
+        """
+        facts = decision.facts
+        if not self.is_on or decision.destination != "errors" or facts["answered"] or facts["charged"] == "no":
+            return False
+        self._handover.fetch(record)
+        sent, answered = record.attempts()
+        return sent == answered or record.partial(sent) is not None or self._sending.known(record.job, sent) is not None
+
     # A job that another daemon has
 
     def lost(self, job: RunningJob) -> Outcome:
@@ -305,9 +324,9 @@ class CommonSteps:
                 for name in record.names():
                     self._spool.disk.unlink(record.path(name))
             else:  # it may be paid for: the files stay
-                why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no record"
+                why = f"there is a response to attempt {unrecorded[0]}, of which the shared database has no result"
                 path = printable(record.path(f"answer.{unrecorded[0]}"))
-                step = "check the balance (imagewatch check --balance); to end this, move the response away: "
+                step = "it may be paid for: check the balance (imagewatch check --balance); to end this, move it away: "
                 self.report_unknown(job, why, step + path)
             return self._forget(job)
         if holder and record.responses():

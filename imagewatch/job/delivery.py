@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from imagewatch.job.result_files import result_file
 from imagewatch.protocol.names import RECEIPT, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Destination, Move
 from imagewatch.system.errors import SpoolError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _DURABLE = "state/answer.image."
 """Images that were decoded while their response arrived: they were synced with it."""
 _PIECE = 1024 * 1024
+_EARLIER = 20
+"""Of so many earlier holders of a job it is removed what they were about to publish."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """In bytes; what Linux takes."""
 
@@ -159,7 +162,10 @@ class Delivery:
             self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
             target = os.path.join(folder, decision.name)
             self._disk.publish(
-                target, _temporary(folder, claim, "d"), decision.result_file.encode(), self._folders.permissions.apply
+                target,
+                self._temporary(folder, claim, "d"),
+                decision.result_file.encode(),
+                self._folders.permissions.apply,
             )
 
     def expect(self, job: str) -> None:
@@ -234,20 +240,36 @@ class Delivery:
                 self._carry_all(claim, self.free_originals(claim, destination, left), folder, decision.mtime_ns)
 
     def reclaim(self, claim: Claim, record: Record) -> None:
-        """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file."""
+        """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file.
+
+        If the error file is not there any more, the other files stay: they are of a later prompt of that name.
+        """
         assert record.row is not None
         decision = record.row.withdrawn
         assert decision is not None
         self._folders.ensure_claims()
         self._disk.make_folder(self._folders.claim_folder(claim.job))
         self._disk.sync_folder(self._folders.claims)
+        if self._has_result_file(claim, decision):
+            self._withdraw(claim, decision)
+        record.reclaimed()
+
+    def _has_result_file(self, claim: Claim, decision: Decision) -> bool:
+        """Return whether the result file of a decision is there, also if a person has written into it."""
+        if self.is_published(claim, decision):
+            return True
+        path = os.path.join(self.destination_folder(decision.destination, claim), decision.name)
+        found = result_file(self._folders, path, decision.destination)
+        return found is not None and found.claim.job == claim.job
+
+    def _withdraw(self, claim: Claim, decision: Decision) -> None:
         folder = self.destination_folder(decision.destination, claim)
         with self._folders.reached(folder):
             for number, move in enumerate(decision.moves):
                 path, target = os.path.join(folder, move.name), self._source(claim, move)
                 if move.source.startswith("claim/"):
                     self._disk.carry(
-                        path, target, _temporary(self._folders.claim_folder(claim.job), claim, str(number))
+                        path, target, self._temporary(self._folders.claim_folder(claim.job), claim, str(number))
                     )
                 else:
                     self._disk.unlink(path)
@@ -255,7 +277,6 @@ class Delivery:
             self._disk.unlink(os.path.join(folder, decision.name))
             if self._folders.tops.is_folder(folder):
                 self._disk.sync_folder(folder)
-        record.reclaimed()
 
     def source_exists(self, claim: Claim, move: Move) -> bool:
         """Return whether a file is still to be moved."""
@@ -273,13 +294,14 @@ class Delivery:
         """
         for number, move in enumerate(moves):
             target, dropped = os.path.join(folder, move.name), move.source.startswith("claim/")
+            temporary = self._temporary(folder, claim, str(number))
             if not dropped and self._folders.journal.common.is_on and self._is_there(self._source(claim, move), target):
                 self._disk.unlink(self._source(claim, move))  # another daemon has published it
                 continue
             self._disk.carry(
                 self._source(claim, move),
                 target,
-                _temporary(folder, claim, str(number)),
+                temporary,
                 None if dropped else self._folders.permissions.apply,
                 mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
                 is_durable=move.source.startswith(_DURABLE),
@@ -309,6 +331,12 @@ class Delivery:
             top, claim.folder, self._folders.permissions.folder_mode if destination == "outbox" else None
         )
 
+    def _temporary(self, folder: str, claim: Claim, number: str) -> str:
+        """Return the name under which a file is written that is about to be published.
 
-def _temporary(folder: str, claim: Claim, number: str) -> str:
-    return os.path.join(folder, f".iw-{claim.job}.{number}.tmp")
+        An earlier holder of a job of a common inbox may still write it: that one's name is another one, and is removed.
+        """
+        epoch, name = self._folders.journal.common.epoch(claim.job), f".iw-{claim.job}.{number}"
+        for earlier in range(max(1, epoch - _EARLIER), epoch):
+            self._disk.unlink(os.path.join(folder, f"{name}.{earlier}.tmp"))
+        return os.path.join(folder, f"{name}.{epoch}.tmp" if epoch else f"{name}.tmp")

@@ -20,6 +20,7 @@ import contextlib
 import errno
 import os
 import re
+from secrets import token_hex
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _SENT = re.compile(r"sent\.([1-9][0-9]{0,8})")
 _ANSWER = re.compile(r"answer\.[1-9][0-9]{0,8}|(?:answer\.image|image|fetched)\.[0-9]{1,3}|raw")
 _RESPONSE = re.compile(r"answer\.([1-9][0-9]{0,8})")
-_OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:\.tmp)?")
+_OURS = re.compile(rf"{_SENT.pattern}|(?:{_ANSWER.pattern})(?:(?:\.[0-9a-f]{{16}})?\.tmp)?")
 _FOLDER = re.compile(rf"({JOB.pattern})(?:\.([1-9][0-9]{{0,17}}))?")
 NOT_KNOWN: Final = Sent(prompt="", prompt_sha256="", fields={}, inputs=(), contents={}, endpoint="", at=0.0)
 """What was sent, if nothing of it is known."""
@@ -313,7 +314,9 @@ class Handover:
         # The response last: where it is, its images are.
         for name in sorted(names, key=response_number):
             if not self._has(os.path.join(folder, name), record.path(name)):
-                self._copy(record.path(name), os.path.join(folder, name))
+                # Two daemons may hand over the same response: neither may rename what the other one is writing.
+                path = os.path.join(folder, name)
+                self._copy(record.path(name), path, f"{path}.{token_hex(8)}.tmp")
         self._disk.sync_folder(folder)
 
     def fetch(self, record: Record) -> bool:
@@ -330,11 +333,11 @@ class Handover:
             self._disk.sync_folder(self._folders.answers)
         return bool(names)
 
-    def _copy(self, source: str, target: str) -> None:
+    def _copy(self, source: str, target: str, temporary: str | None = None) -> None:
         with (
             disk_errors(source, "read"),
             open(self._folders.tops.open_file(source, os.O_RDONLY), "rb") as file,
-            self._disk.writing(target) as copy,
+            self._disk.writing(target, temporary) as copy,
         ):
             while piece := file.read(_PIECE):
                 copy.write(piece)

@@ -5,6 +5,8 @@ For each job of which a folder shows something:
 =================================================  ===================================================================
 a receipt or an error file, and no result          its result; originals in the claim folder are moved to where they
                                                    belong by a daemon
+an error file with an unknown charge, and a        the same, and a daemon publishes the response
+response
 a claim folder with a witness or a response        the job and its attempts, without a result: a daemon publishes the
                                                    response, or reports an unknown charge
 a claim folder of a common inbox without both      nothing was sent: the originals go back into the inbox
@@ -140,6 +142,8 @@ class LostJobs:
             changed = replace(row, attempt=known.open_attempt)
         elif not known.result:
             number = max(known.highest + 1, row.attempt) if row.attempt or known.highest else 0
+            if row.outcome == "unknown":  # its number in the file lacks those that were not sent
+                number = max(number, *seen.responses, *self._handed_over(claim.job), 0)
             rows.append((self._completed(claim, row, number), ""))
         state = self._state(claim, result, known, seen)
         if not rows and changed is None and state is None:
@@ -151,10 +155,16 @@ class LostJobs:
             result=changed,
             has_row=state is not None,
             state=state or "done",
-            decision=result.decision if state in {"published", "kept"} else None,
+            decision=result.decision if self._needs_decision(row, state) else None,
             epoch=max(seen.epoch, 0),
         )
-        return Found(job=claim.job, source=claim.source, what=f"{row.outcome}, {charge}: its row is written", lost=lost)
+        done = "its response is read again" if state == "reopened" else "its row is written"
+        return Found(job=claim.job, source=claim.source, what=f"{row.outcome}, {charge}: {done}", lost=lost)
+
+    def _needs_decision(self, row: Row, state: JobState | None) -> bool:
+        """Return whether the row of a finished job has how it ended: its response may still come from another host."""
+        is_open = self._common.is_on and row.outcome == "unknown"
+        return state in {"published", "kept", "reopened"} or (state == "done" and is_open)
 
     def _completed(self, claim: Claim, row: Row, number: int) -> Row:
         """Return the row of a result with what its claim folder has besides."""
@@ -166,14 +176,19 @@ class LostJobs:
         """Return which state the row of a finished job gets; None: it needs none, or has the right one."""
         if known.state not in _UNFINISHED or not known.is_ours:
             return None
-        if seen.epoch >= 0 and self._originals(claim.job):
-            return "published"
-        is_readable_again = result.decision.destination == "errors" and result.row.charged == "yes"
-        if (seen.responses or self._handed_over(claim.job)) and is_readable_again and not known.state:
-            return "kept"
-        if seen.epoch >= 0 and self._common.is_on:
+        is_failed, charged = result.decision.destination == "errors", result.row.charged
+        if is_failed and known.state == "reopened":
+            return None  # a daemon reads its response again
+        has_originals = seen.epoch >= 0 and bool(self._originals(claim.job))
+        if is_failed and (seen.responses or self._handed_over(claim.job)):
+            if charged == "unknown":
+                return "reopened"
+            if charged == "yes" and not has_originals:
+                return "reopened" if known.state else "kept"
+        if has_originals or (seen.epoch >= 0 and self._common.is_on):
             return "published"  # a daemon removes the folder with its witness and its response
-        return "done" if known.state or seen.responses or seen.epoch >= 0 else None
+        is_lost = self._common.is_on and charged == "unknown" and (known.is_recent or not known.result)
+        return "done" if known.state or seen.responses or seen.epoch >= 0 or is_lost else None
 
     # Without
 

@@ -211,18 +211,19 @@ class Record:
         self._journal.keep(self.job)
         self.read_again()
 
-    def remove(self, *, is_unknown: bool = False) -> None:
+    def remove(self, *, is_unknown: bool = False, is_late: bool = False) -> None:
         """Note that nothing is left of the job, then remove its responses.
 
         If it is not decided how the job ended, only they show that its requests were free.
 
         Args:
             is_unknown: Whether another daemon may still find out how it ended.
+            is_late: Whether a response came after that was decided: the responses stay.
         """
         synced = self.row is not None and self.row.decision is None and bool(self.row.attempts)
         self._journal.finish(self.job, synced=synced, is_unknown=is_unknown)
         self._row, self._is_read = None, True
-        for name in self.names():
+        for name in () if is_late else self.names():
             self._disk.unlink(self.path(name))
 
     # The files

@@ -129,6 +129,11 @@ RULES = (
         lambda s: s.reaction in _MAY_GO_BACK and not s.claimed,
         Step.FORGET,
     ),
+    Rule(
+        "returning, and it came out late that it was refused, or may have been charged",
+        lambda s: s.returning and s.reaction in {Reaction.REFUSED, Reaction.UNKNOWN},
+        Step.REFUSE,
+    ),
     Rule("returning: a newer file had its name", lambda s: s.returning and s.claimed, Step.GIVE_BACK),
     Rule("claim, inputs still in the inbox", lambda s: s.claimed and s.missing, Step.GATHER),
     Rule(

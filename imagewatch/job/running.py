@@ -96,6 +96,11 @@ class RunningJob:
         """Whether the newest response came in this run: only such a one says something about the account now."""
         return self.state.answered > self.earlier
 
+    def lacks_response(self, attempt: int) -> bool:
+        """Return whether an attempt is recorded as free and its response is missing: another host may have it."""
+        known = self.record.attempt(attempt)
+        return known is not None and known.outcome == "busy" and not self.record.has_answer(known.number)
+
     def foresee(self, **changes: object) -> None:
         """Set what the disk shows now that a step has succeeded: asking it would cost 5 % of a job's CPU."""
         self.shown, self.is_foreseen = replace(self.shown, **changes), True
@@ -103,7 +108,8 @@ class RunningJob:
     def attempt(self) -> Attempt:
         """Return the newest attempt, with its response if there is one."""
         number = self.state.sent
-        answer = self.record.answer(number) if self.state.answered >= number > 0 else None
+        has_answer = self.state.answered >= number > 0 and not self.lacks_response(number)
+        answer = self.record.answer(number) if has_answer else None
         if (known := self.record.attempt(number)) is None:
             return NO_ATTEMPT
         made = self.record.made()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config
     from imagewatch.job.record import Record
     from imagewatch.journal.journal import Journal
+    from imagewatch.journal.row import JobRow
     from imagewatch.protocol.values import Claim
     from imagewatch.system.disk import Disk
 
@@ -90,7 +91,7 @@ class Spool(JobFolders):
                 row = self.record(job).row
             except DamagedJobError:
                 continue  # a person decides about it
-            if row is not None and (row.attempts or row.decision is not None):
+            if row is not None and _may_be_back(row):
                 self.originals.take_again(row.claim)
             elif row is None and self.journal.is_over(job):
                 for name in self.orphans(job):  # it is where it was moved, too
@@ -237,7 +238,7 @@ class Spool(JobFolders):
             over=row.state == "published" or (decision is not None and self.delivery.is_published(claim, decision)),
         )
 
-    def forget(self, record: Record, *, keep: bool = False, is_unknown: bool = False) -> None:
+    def forget(self, record: Record, *, keep: bool = False, is_unknown: bool = False, is_late: bool = False) -> None:
         """Remove the claim folder, then end the record, then remove the responses: this order only.
 
         The originals were moved before; what other users put beside them stays.
@@ -246,13 +247,27 @@ class Spool(JobFolders):
             record: Of the job.
             keep: Keep the record: its response was paid for, and an image may still be read from it.
             is_unknown: Whether another daemon may still find out how it ended.
+            is_late: Whether a response came after that was decided: the responses stay.
         """
         self.ensure_claims()
         if self.handover.is_on:
-            self.handover.clear(record.job, keep=keep)
+            self.handover.clear(record.job, keep=keep or is_late)
         self.disk.remove_folder(self.claim_folder(record.job))  # not synced: see take_over
         if keep:
             record.keep()
         else:
-            record.remove(is_unknown=is_unknown)
+            record.remove(is_unknown=is_unknown, is_late=is_late)
         self.journal.common.forget(record.job)
+
+
+def _may_be_back(row: JobRow) -> bool:
+    """Return whether a power cut may have put originals of a job back into the inbox.
+
+    Before they go to ``errors`` it is made durable that they have left the inbox. Once the error file is published,
+    what has the name there was put back by a person.
+    """
+    if row.state == "reopened":
+        return False
+    if row.decision is not None and row.decision.destination == "errors":
+        return row.state != "published"
+    return bool(row.attempts) or row.decision is not None

@@ -25,7 +25,7 @@ from imagewatch.protocol.reasons import Others, Reaction, Reason
 from imagewatch.protocol.request import NO_PRESET, build, contents
 from imagewatch.protocol.values import Tail
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError, Withdrawn
+from imagewatch.system.errors import BadRequest, NameTakenError, Outdated, Problem, SpoolError, Withdrawn
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
@@ -109,7 +109,12 @@ class Steps:
 
     def take(self, step: Step, job: RunningJob) -> Outcome | None:
         """Take a step; return the outcome if the job ends or waits."""
-        return self._effects[step](job)
+        try:
+            return self._effects[step](job)
+        except NameTakenError:
+            if not job.state.returning:
+                raise
+            return self._await_name(job)
 
     def without_record(self, job_id: str) -> Outcome:
         """End a job that is over, or that the journal does not know: the journal was lost.
@@ -117,6 +122,8 @@ class Steps:
         Raises:
             SpoolError: Its originals are still claimed.
         """
+        if not self.common.is_held(job_id):  # another daemon has ended it: it may not know the response that is here
+            return self.common.hand_over(job_id)
         if error := unreadable(self._spool, job_id):
             raise error
         orphans = self._spool.orphans(job_id)
@@ -151,6 +158,9 @@ class Steps:
     def _forget(self, job: RunningJob) -> Outcome:
         decision = job.record.decision()
         outcome = Outcome(job.id, End.NOTHING, job.claim.source)
+        if decision is not None and self.common.is_late(job.record, decision):
+            self._spool.forget(job.record, is_unknown=True, is_late=True)
+            return self.common.hand_over(job.id)
         if decision is not None:
             outcome = self._completion.outcome(job.claim, decision, self._clock() - job.began)
             # A response from before this call says nothing about now: it ends no hold.
@@ -288,7 +298,7 @@ class Steps:
         if job.state.answered:
             self._completion.busy(job)
             if not job.is_resumed:
-                return self._defer(job, job.verdict())
+                return self._defer(job, None if job.lacks_response(job.state.sent) else job.verdict())
         if not job.may_send:
             return self._defer(job) if job.state.sent else self._give_back(job)
         assert job.request is not None
@@ -324,6 +334,7 @@ class Steps:
         elif fate.left is Left.PART:
             _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
             self._sending.prove(job.record, fate)
+            self.common.share(job.record, fate.attempt)
         elif fate.left is Left.NOTHING:
             if fate.reason is None:
                 _log.info("withdrawn", reason=fate.message)
@@ -404,7 +415,7 @@ class Steps:
         return Outcome(job.id, End.RETURNED, job.claim.source, reason=job.reason)
 
     def _await_name(self, job: RunningJob) -> Outcome:
-        """Wait until a newer file of the same name has left the inbox."""
+        """Wait until a newer file of the same name has left the inbox, or its job is over."""
         job.record.await_name()
         return Outcome(
             job.id, End.DEFERRED, job.claim.source, delay=_RETURN_SECONDS, reason=job.reason, awaits_name=True

@@ -211,32 +211,37 @@ class Worker:
             if fate and not job.shown.decided and fate.is_missing(job.shown.sent):
                 job.record.restore(fate.claim, fate.row)
                 job.shown = self._spool.job_state(job.claim, job.record)
-        if job.shown.decided:
+        if job.shown.decided and not (fate and self._steps.common.is_news(fate)):
             self._sending.forget(job.id)
         job.is_foreseen = False
         job.state = self._state(job, job.shown)
 
     def _state(self, job: RunningJob, shown: State) -> State:
         """Return what the disk shows, with what this process knows."""
-        reaction = None
+        reaction, has_attempts = None, job.record.made() < self._config.retry.attempts
         if shown.answered and shown.answered == shown.sent and not shown.decided:
-            verdict = job.verdict(shown.answered)
-            reaction = verdict.reaction
-            if reaction is Reaction.ACCOUNT and shown.answered <= job.earlier:
-                shown = replace(shown, reports=False)
-            elif reaction is Reaction.ACCOUNT:
-                shown = replace(shown, reports=job.reason is None and self._reports(job, verdict.reason))
-                job.reason = verdict.reason
+            if job.lacks_response(shown.sent):  # what it said is not known, but it was free
+                reaction = Reaction.RETRY if has_attempts else Reaction.WAIT
+            else:
+                verdict = job.verdict(shown.answered)
+                reaction = verdict.reaction
+                if reaction is Reaction.ACCOUNT:
+                    shown = replace(shown, reports=self._reports(job, verdict.reason, shown.answered))
         return replace(
             shown,
             reaction=reaction,
             checked=job.request is not None,
             fresh=job.is_fresh,
-            attempts_left=job.record.made() < self._config.retry.attempts,
+            attempts_left=has_attempts,
         )
 
-    def _reports(self, job: RunningJob, reason: Reason) -> bool:
+    def _reports(self, job: RunningJob, reason: Reason, answered: int) -> bool:
         """Return whether a job shows a refusal of the account or the URL in ``errors``; the others go back."""
+        if answered <= job.earlier:
+            return False
+        is_first, job.reason = job.reason is None, reason
+        if not is_first:
+            return False
         if self._journal.account.concerns(reason.kind):  # one job of all daemons of the account shows it
             return self._journal.account.refused(reason, job.id)
         return self._may_report(reason.kind)

@@ -84,7 +84,7 @@ _REOPEN = f"""
             SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'completed') AND attempt = ANY(?)
         )
         OR (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id)
-            AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome <> 'unsent')))
+            AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome NOT IN ('unsent', 'busy'))))
     RETURNING epoch"""  # noqa: S608
 _REOPEN_KEPT = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?

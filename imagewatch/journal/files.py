@@ -152,6 +152,17 @@ def older(path: str) -> SpoolError:
     )
 
 
+def unknown(path: str) -> SpoolError:
+    """Return the error for a ledger with requests of which nothing shows whether they are the newest."""
+    hint = "if it is the newest one, or a restored backup, accept it: imagewatch release --accept-new-ledger"
+    return SpoolError(
+        f"this ledger was put here, and may lack the newest requests: {path}",
+        path=path,
+        code=errno.ESTALE,
+        hint=f"look through the inbox for prompts that may have been sent before; {hint}",
+    )
+
+
 def spoilt(path: str) -> SpoolError:
     """Return the error for a ledger into which another program has written while it was open."""
     saved = newest_saved(path)

@@ -19,6 +19,7 @@ from imagewatch.journal.files import (
     recorded,
     require_sound,
     translated,
+    unknown,
     was_there,
 )
 from imagewatch.journal.schema import VERSION
@@ -50,10 +51,16 @@ def ledger_problem(state: str) -> SpoolError | None:
             found, count = _id(connection)
     except sqlite3.Error as error:
         return translated(path, error)
-    known, least = read_mark(mark)
+    return _replaced(path, found, count, *read_mark(mark))
+
+
+def _replaced(path: str, found: str, count: int, known: str, least: int) -> SpoolError | None:
+    """Return an error if a ledger, by its id and how much it has recorded, is not the one that was there before."""
     if known and found != known:
         return foreign(path)
-    return older(path) if count < least else None
+    if count < least:
+        return older(path)
+    return unknown(path) if found and count and not known else None
 
 
 def _not_writable(state: str, path: str) -> SpoolError | None:

@@ -27,7 +27,7 @@ from imagewatch.journal.row import FREE, Row, price_of
 from imagewatch.journal.schema import COLUMNS
 from imagewatch.protocol.reasons import Reason
 from imagewatch.protocol.values import Claim, Decision, Sent, dump
-from imagewatch.system.errors import SpoolError, UncertainError
+from imagewatch.system.errors import NameTakenError, SpoolError, UncertainError
 from imagewatch.system.masking import known
 from imagewatch.system.text import printable
 
@@ -194,12 +194,7 @@ class Journal(JobRows):
         epoch: int = 0,
     ) -> None:
         """Insert the row of a job; without an epoch, its claim folder has the one that this process knows."""
-        names = os.fsencode(claim.folder), os.fsencode(claim.stem)
-        taken = connection.execute(_TAKEN.format(self._file.inbox_jobs), names).fetchone()
-        if taken is not None:
-            message = f"job {claim.job}: {printable(claim.prompt)} is still being processed, as job {taken['id']}"
-            hint = "it is tried again when that job is over"
-            raise SpoolError(message, path=claim.source, code=errno.EEXIST, hint=hint)
+        names = self._free_name(connection, claim)
         connection.execute(
             "INSERT INTO jobs (id, folder, stem, claim, state, decision, reserved, opened_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -207,6 +202,20 @@ class Journal(JobRows):
         )
         if self.common.is_on and (epoch := epoch or self.common.epoch(claim.job)):
             connection.execute(_SET_EPOCH, (epoch, claim.job))
+
+    def _free_name(self, connection: Connection, claim: Claim) -> tuple[bytes, bytes]:
+        """Return folder and stem of a job as they are stored.
+
+        Raises:
+            NameTakenError: Another job that is not over has them.
+        """
+        names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+        taken = connection.execute(_TAKEN.format(self._file.inbox_jobs), (*names, claim.job)).fetchone()
+        if taken is not None:
+            message = f"job {claim.job}: {printable(claim.prompt)} is still being processed, as job {taken['id']}"
+            hint = "it is tried again when that job is over"
+            raise NameTakenError(message, path=claim.source, code=errno.EEXIST, hint=hint)
+        return names
 
     def unspent(self, job: str) -> Claim | None:
         """Return what this process has claimed for a job of which it has sent nothing yet, or None.
@@ -389,6 +398,11 @@ class Journal(JobRows):
             decision: How it ends.
             row: The last attempt, or the row of a job without one; None if it is written already.
             repeated: The finished job whose files were delivered again, if this is why.
+
+        Raises:
+            NameTakenError: It was over before, and a newer job of its name is not over.
+            LostJobError: Another daemon has it.
+            SpoolError: The journal cannot be used.
         """
 
         def act(connection: Connection) -> None:
@@ -398,7 +412,9 @@ class Journal(JobRows):
                 self.events.spent(connection, self.budget(connection))
             if repeated:
                 connection.execute(_REDELIVERED, (repeated, self._clock()))
-            if not connection.execute(self._own(_DECIDE), (dump(decision).decode(), claim.job)).rowcount:
+            decide = self._own(_DECIDE.format(self._file.inbox_jobs))
+            if not connection.execute(decide, (dump(decision).decode(), claim.job)).rowcount:
+                self._free_name(connection, claim)
                 if self.common.is_on and connection.execute(_IS_KNOWN, (claim.job,)).fetchone():
                     raise lost(claim.job)
                 self._insert(connection, claim, state="decided", decision=dump(decision).decode())
@@ -415,14 +431,19 @@ class Journal(JobRows):
 
 
 _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
-_TAKEN = "SELECT id FROM {} WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+_TAKEN = "SELECT id FROM {} WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published') AND id <> ?"
 _UNSENT = (
     "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
     "WHERE job = ? AND attempt = ? AND nonce = ? AND outcome = 'sent'"
 )
 _SET_EPOCH = "UPDATE jobs SET epoch = ? WHERE id = ?"
 _IS_KNOWN = "SELECT 1 FROM jobs WHERE id = ?"
-_DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
+# A job that was over before may share its name with a newer one: only then are the names compared.
+_DECIDE = (
+    "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ? "
+    "AND NOT (state = 'returning' AND EXISTS (SELECT 1 FROM {} AS other WHERE folder = jobs.folder "
+    "AND stem = jobs.stem AND state IN ('open', 'decided', 'published') AND id <> jobs.id))"
+)
 _REDELIVERED = (
     "INSERT INTO redeliveries (job, times, last_at) VALUES (?, 1, ?) "
     "ON CONFLICT (job) DO UPDATE SET times = redeliveries.times + 1, last_at = excluded.last_at"

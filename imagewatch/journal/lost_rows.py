@@ -209,7 +209,8 @@ class LostRows:
                 return f"a newer job of this name is not over ({taken['id']}); run the command again when it is"
         decision = dump(lost.decision).decode() if lost.decision else ""
         is_over, holder = state == "done", self._holder(connection)
-        values = claim.job, os.fsencode(claim.folder), os.fsencode(claim.stem), "" if is_over else dump(claim).decode()
+        noted = "" if is_over and not decision else dump(claim).decode()
+        values = claim.job, os.fsencode(claim.folder), os.fsencode(claim.stem), noted
         ended = connection.execute(f"SELECT {_NOW} AS now").fetchone()["now"] if is_over else None
         made = connection.execute(_JOB, (*values, state, decision, claim.at, ended, holder, lost.epoch)).rowcount
         if not made:

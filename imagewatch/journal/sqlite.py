@@ -35,6 +35,7 @@ from imagewatch.journal.files import (
     require_sound,
     spoilt,
     translated,
+    unknown,
     was_there,
 )
 from imagewatch.journal.schema import prepare
@@ -305,35 +306,37 @@ class SqliteDatabase:
             self._set = self._synchronous
             prepare(connection)
             if self._guarded:
-                self._require_same(connection)
+                self._require_same(connection, is_accepted=is_accepted)
         except BaseException:
             connection.close()
             raise
         self._connection = connection
         self._file, self._wal = os.stat(self.path), _stat(self.path + _WAL)
 
-    def _require_same(self, connection: sqlite3.Connection) -> None:
+    def _require_same(self, connection: sqlite3.Connection, *, is_accepted: bool) -> None:
         """Make sure that the database is the same as before; if there was none before, write down its id."""
-        found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
-        known, least = read_mark(self._mark)
-        if found is None and not known:
-            connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(16),))
-            found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
-        if known and (found is None or found[0] != known):
+        own, (known, least) = _id_of(connection), read_mark(self._mark)
+        if known and own != known:
             raise foreign(self.path)
         if (count := recorded(connection)) < least:
             raise older(self.path)
-        if not known:
-            _write(self._mark, f"{found[0]} {count:020d}")
-        else:
+        if own and count and not known and not is_accepted:
+            raise unknown(self.path)
+        if own is None:
+            connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(16),))
+        if known:
             self._note(connection)
+        else:
+            _write(self._mark, f"{_id_of(connection)} {count:020d}")
 
     def _note(self, connection: sqlite3.Connection | None) -> None:
         """Write down how much is recorded, so that an older copy is known again; on a full disk it is not needed."""
         with contextlib.suppress(SpoolError, OSError), self._translated():
+            if connection is None or (own := _id_of(connection)) is None:
+                return
             known, least = read_mark(self._mark)
-            if known and connection is not None and (count := recorded(connection)) > least:
-                _write(self._mark, f"{known} {count:020d}")
+            if (count := recorded(connection)) > least or not known:  # the state folder may be a new one
+                _write(self._mark, f"{own} {count:020d}")
 
     def _replace(self) -> None:
         """Use the file that has replaced the opened one, if no row is missing in it."""
@@ -470,6 +473,11 @@ class SqliteDatabase:
         except OSError as error:
             message = f"the ledger cannot be used: {error.strerror}: {self.path}"
             raise SpoolError(message, path=self.path, code=error.errno or errno.EIO, hint=RESTORE) from error
+
+
+def _id_of(connection: sqlite3.Connection) -> str | None:
+    found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
+    return str(found[0]) if found else None
 
 
 def _decoded(text: bytes) -> str:

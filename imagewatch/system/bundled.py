@@ -13,6 +13,8 @@ from imagewatch.system.errors import SpoolError
 _PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _FILES: Final = ("config.example.toml", "man/imagewatch.1")
 _FOLDERS: Final = ("completions", "examples", "schemas", "skills", "systemd")
+_FLAT: Final = frozenset({"completions", "examples", "schemas"})
+"""A folder in one of these is not ours: in a checkout the commands of the examples put keys and images there."""
 
 
 def names() -> list[str]:
@@ -21,7 +23,7 @@ def names() -> list[str]:
     for folder in _FOLDERS:
         top = _path(folder)
         for here, inner, files in os.walk(top):
-            inner[:] = [one for one in inner if not one.startswith(("_", "."))]
+            inner[:] = [] if folder in _FLAT else [one for one in inner if not one.startswith(("_", "."))]
             below = os.path.relpath(here, top)
             found += [os.path.normpath(os.path.join(folder, below, one)) for one in files if not one.startswith(".")]
     return sorted(found)

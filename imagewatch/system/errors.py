@@ -118,6 +118,10 @@ class DatabaseError(SpoolError):
         super().__init__(message, path=path, code=code, hint=hint)
 
 
+class NameTakenError(SpoolError):
+    """Another job of this name is not over; this one is tried again when it is."""
+
+
 class UncertainError(DatabaseError):
     """It is not known whether a change was written: the connection failed during its COMMIT."""
 

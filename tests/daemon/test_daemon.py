@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -452,6 +453,9 @@ def test_a_second_signal_kills_and_the_next_start_reports_the_request_as_unknown
     assert sandbox.wait_for_requests(1, 20)
     daemon.process.send_signal(signal.SIGTERM)
     daemon.wait_for("shutdown")
+    threading.Event().wait(
+        0.6
+    )  # before that, the other kind of signal may come from a program that passes on the first one
     assert daemon.stop(second) == -second
     sandbox.release()
     run(folders)
@@ -461,6 +465,29 @@ def test_a_second_signal_kills_and_the_next_start_reports_the_request_as_unknown
         ["cat.error.toml", "cat.prompt.txt"],
     )
     assert sandbox.report()["requests"] == 1
+
+
+def test_ctrl_c_and_sigterm_at_the_same_time_finish_what_was_sent(folders, run, sandbox):
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(1, 20)
+    daemon.process.send_signal(signal.SIGINT)
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.wait_for("shutdown")
+    sandbox.release()
+    assert daemon.end() == 0
+    assert folders.finished() == {"cat": "outbox"}
+
+
+def test_a_signal_that_another_thread_gets_ends_it_immediately(folders, run):
+    daemon = run(folders)
+    threading.Event().wait(2)  # at rest its main thread waits for half a minute
+    threads = [int(name) for name in os.listdir(f"/proc/{daemon.process.pid}/task")]
+    other = next(thread for thread in threads if thread != daemon.process.pid)
+    assert ctypes.CDLL(None).tgkill(daemon.process.pid, other, signal.SIGTERM) == 0
+    until(lambda: daemon.events("shutdown"), 10)
+    assert daemon.end() == 0
 
 
 def test_ctrl_c_ends_it_like_sigterm(folders, run):

@@ -7,11 +7,15 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 from support.endpoint import unique_png
 from support.inotify import Events
+from support.losing import PowerCut
+from support.peers import HookedDisk
 from support.station import Distrustful, Station
 
 from imagewatch.job.outcome import End
+from imagewatch.protocol.values import dump
 from imagewatch.system.errors import Withdrawn
 
 if TYPE_CHECKING:
@@ -124,3 +128,64 @@ def test_an_api_that_was_busy_before_a_wait_delays_no_other_prompt_now(station: 
     assert (second.end, second.reason, second.answered) == (End.OVER, None, False)
     assert station.error("cat")["charged"] == "no"
     assert sandbox.report()["requests"] == 1
+
+
+def kill() -> None:
+    raise PowerCut
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_a_prompt_that_a_person_has_put_back_is_sent_if_its_first_job_was_not_over(
+    tmp_path: Path, sandbox: Sandbox, is_removed: bool
+) -> None:
+    disk = HookedDisk()
+    with closing(Station(tmp_path, sandbox.base_url, disk)) as station:
+        station.prompt("cat", "a cat [sandbox: 400]")
+        disk.before["remove_folder|/.imagewatch/"] = kill
+        with pytest.raises(PowerCut):
+            station.work()
+        (job,) = station.spool.unfinished()
+        assert station.names("errors") == ["cat.error.toml", "cat.prompt.txt"]
+        disk.before.clear()
+        (station.errors / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
+        if is_removed:
+            (station.errors / "cat.error.toml").unlink()
+        assert station.spool.take_over() == [job]  # the next start
+        station.recover()
+        assert station.names("inbox") == ["cat.prompt.txt"]
+        (outcome,) = station.work()
+        assert outcome.job != job
+    assert sandbox.report()["requests"] == 2
+
+
+def test_a_newer_prompt_of_the_name_of_a_job_that_is_read_again_stays_in_the_inbox(
+    station: Station, sandbox: Sandbox
+) -> None:
+    station.prompt("cat", "a cat [sandbox: no-images]")
+    (outcome,) = station.work()
+    row = station.journal.kept(outcome.job)
+    assert row is not None
+    restored = replace(row.claim, files={})  # as it is written again from its error file
+    station.journal.file.change(
+        lambda one: one.execute("UPDATE jobs SET claim = ? WHERE id = ?", (dump(restored).decode(), outcome.job))
+    )
+    assert station.journal.reopen(outcome.job)
+    station.prompt("cat", "another cat")
+    assert station.spool.take_over() == [outcome.job]
+    assert station.names("inbox") == ["cat.prompt.txt"]
+
+
+def test_a_response_that_is_read_again_waits_for_the_newer_job_of_its_name(station: Station, sandbox: Sandbox) -> None:
+    station.prompt("cat", "a cat [sandbox: no-images]")
+    (first,) = station.work()
+    assert first.charged == "yes"
+    station.prompt("cat", "another cat [sandbox: once 429-plain]")
+    newer = station.worker.start(claimed(station))
+    assert newer.end is End.DEFERRED
+    assert station.journal.reopen(first.job)
+    waits = station.worker.process(first.job)
+    assert (waits.end, waits.awaits_name) == (End.DEFERRED, True)
+    assert station.worker.process(newer.job, is_resumed=True).destination == "outbox"
+    assert station.worker.process(first.job).charged == "yes"
+    assert station.journal.kept(first.job) is not None
+    assert sandbox.report()["requests"] == 3

@@ -68,6 +68,7 @@ def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
         State(recorded=True, sent=1, answered=1, reopened=True),
         State(recorded=True, checked=True, fresh=True),
         State(recorded=True, claimed=True, originals=True, returning=True),
+        State(recorded=True, sent=1, answered=1, reaction=Reaction.REFUSED, returning=True),
     )
     seen = [*(e for e, _ in possible), *others]
     assert {next_step(e) for e in seen} == set(Step)
@@ -109,6 +110,12 @@ def test_a_job_that_waits_for_its_name_is_not_sent(possible):
     returning = {next_step(replace(e, returning=True)) for e, _ in possible if e.recorded and e.claimed}
     assert not returning & {Step.GATHER, Step.CHECK, Step.SEND}
     assert Step.READ in returning, "a paid response is read all the same"
+
+
+def test_a_job_that_waits_for_its_name_does_not_go_back_with_a_response_that_ends_it(possible):
+    final = [e for e, _ in possible if e.recorded and e.reaction in {Reaction.REFUSED, Reaction.UNKNOWN}]
+    open_ones = [e for e in final if not (e.over or e.decided) and e.sent == e.answered]
+    assert {next_step(replace(e, returning=True)) for e in open_ones} == {Step.REFUSE}
 
 
 def test_a_reopened_job_first_gets_its_originals_back(everything):

@@ -19,7 +19,7 @@ from imagewatch.journal.events import page_of
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
 from imagewatch.protocol.values import Claim, Decision, Sent, dump
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import NameTakenError, SpoolError
 from journal.makers import STORES, Maker, postgres, sqlite
 
 if TYPE_CHECKING:
@@ -115,6 +115,23 @@ def test_a_kept_job_is_not_carried_on_until_it_is_opened_again(make: Callable[..
     assert (found.state, found.decision, found.withdrawn) == ("reopened", None, decision)
     journal.reclaimed("a")
     assert (journal.job("a").withdrawn, journal.unfinished()) == (None, ["a"])
+
+
+def test_how_a_job_ends_that_was_over_is_not_decided_while_a_newer_one_has_its_name(
+    make: Callable[..., Journal],
+) -> None:
+    journal = make()
+    journal.open(claim())
+    spend(journal, row())
+    journal.set_state("a", "returning")
+    journal.open(claim("b"))
+    result = row(outcome="completed", charged="yes", credits=30.0)
+    with pytest.raises(NameTakenError, match="as job b"):
+        journal.decide(claim(), Decision(destination="outbox"), result)
+    assert journal.ledger.ask("SELECT outcome FROM attempts WHERE job = 'a'")[0]["outcome"] == "sent"
+    journal.finish("b")
+    journal.decide(claim(), Decision(destination="outbox"), result)
+    assert journal.job("a").state == "decided"
 
 
 # The right to send

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +88,26 @@ def test_the_commands_on_the_page_are_those_at_the_top_of_the_compose_files() ->
         assert all(command in PAGE for command in commands), path
 
 
+@pytest.mark.parametrize("path", ["compose.yaml", "examples/compose.shared.yaml"])
+def test_only_their_owner_can_read_the_secrets_that_the_commands_write(path: str, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    text = (ROOT / path).read_text()
+    commands = re.findall(r"^#   ((?:mkdir|install|\(?umask|openssl) .*secrets.*)$", text, re.MULTILINE)
+    script = "\n".join(["umask 022", *commands])
+    subprocess.run(["sh", "-euc", script], cwd=tmp_path, input="key\n", text=True, check=True)
+    written = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "secrets").iterdir()}
+    assert written == dict.fromkeys(re.findall(r"file: secrets/(\w+)", text), 0o600)
+
+
 def test_no_secret_and_no_image_of_a_user_is_copied_into_the_image_or_into_git() -> None:
     docker, git = ((ROOT / name).read_text().splitlines() for name in (".dockerignore", ".gitignore"))
-    assert {".*", "secrets", "pictures", "examples/secrets", "examples/left", "examples/right", "examples/third"} <= {
-        *docker
-    }
+    assert {
+        ".*",
+        "**/.env",
+        "**/secrets",
+        "pictures",
+        *(f"examples/{name}" for name in ("left", "right", "third")),
+    } <= {*docker}
     assert {".env", "secrets/", "/pictures/", "/examples/left/", "/examples/right/", "/examples/third/"} <= {*git}
     assert CONTAINERFILE.count("--require-hashes --only-binary :all:") == 2

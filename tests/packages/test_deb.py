@@ -263,6 +263,43 @@ def test_an_upgrade_does_not_start_what_was_stopped_nor_create_a_configuration_a
     machine.run("systemctl", "enable", "--now", "imagewatch")
 
 
+@pytest.mark.parametrize(("asked", "afterwards"), [("stop", "inactive"), ("restart", "active")])
+def test_an_upgrade_waits_for_a_service_that_is_being_stopped_already(used, cats, endpoint, asked, afterwards):
+    machine = used.container
+    log = machine.path("/root/upgrade.log")
+    log.unlink(missing_ok=True)
+    machine.run("systemctl", "stop", "imagewatch@cats")
+    install = f"dpkg --install {' '.join(machine_packages(machine))} >/root/upgrade.log 2>&1"
+    with ThreadPoolExecutor(1) as pool:
+        with endpoint.holding():
+            used.prompt(asked, f"[sandbox: b64] Before a {asked}")
+            until(lambda: "1 in flight" in machine.show("imagewatch", "StatusText"))
+            machine.run("systemctl", asked, "--no-block", "imagewatch")
+            until(lambda: machine.show("imagewatch", "ActiveState") == "deactivating")
+            upgrade = pool.submit(machine.run, "sh", "-c", install)
+            until(lambda: log.exists() and ("waiting for requests in flight" in log.read_text() or upgrade.done()))
+            assert not upgrade.done()
+            assert machine.show("imagewatch", "ActiveState") == "deactivating"
+        upgrade.result()
+    assert used.receipt(asked)["charged"] == "yes"
+    assert machine.show("imagewatch", "ActiveState") == afterwards
+    machine.run("systemctl", "start", "imagewatch", "imagewatch@cats")
+
+
+def test_an_upgrade_starts_nothing_that_policy_rc_d_forbids(used, cats):
+    machine = used.container
+    policy = machine.path("/usr/sbin/policy-rc.d")
+    policy.write_text('#!/bin/sh\n[ "$1 $2" != "imagewatch.service start" ] || exit 101\n')
+    policy.chmod(0o755)
+    try:
+        machine.run("dpkg", "--install", *machine_packages(machine))
+        assert machine.show("imagewatch", "ActiveState") == "inactive"
+        assert machine.show("imagewatch@cats", "ActiveState") == "active"
+    finally:
+        policy.unlink()
+        used.systemctl("start")
+
+
 def machine_packages(machine: Container) -> list[str]:
     """The paths of the packages in the folder of the page."""
     return [f"/root/package/{path.name}" for path in machine.path("/root/package").iterdir()]

@@ -23,6 +23,19 @@ from imagewatch import __version__
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUNDLED = ("completions", "examples", "schemas", "systemd")
+LEFT = (
+    "completions/_imagewatch~",
+    "examples/.env",
+    "examples/left/outbox/cat.png",
+    "examples/secrets/database_password",
+    "examples/secrets/letta_api_key",
+    "imagewatch/secrets/letta_api_key",
+    "pictures/outbox/cat.png",
+    "schemas/.receipt.schema.json.swp",
+    "secrets/letta_api_key",
+    "systemd/imagewatch.service.orig",
+)
+"""What the commands of the pages, and editors, leave in a clone."""
 PIP = [os.path.join(sys.base_prefix, "bin", "python3"), "-m", "pip", "--disable-pip-version-check", "--python"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -59,6 +72,16 @@ def pip(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run([*PIP, folder, *arguments], capture_output=True, text=True, check=False)
 
 
+def used_clone(folder: Path) -> Path:
+    """Copy the checkout to a folder, and leave in it what its users leave."""
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".?*env", ".git", ".*_cache", ".build"))
+    for name in LEFT:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     top = tmp_path_factory.mktemp("wheel")
@@ -72,7 +95,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
             pytest.skip("there is no package index")
         assert done.returncode == 0, done.stderr
     build = [tools / "bin/python", "-m", "hatchling", "build", "-d", top / "dist"]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(build, cwd=used_clone(top / "clone"), check=True, capture_output=True)
     (wheel,), (source,) = (top / "dist").glob("*.whl"), (top / "dist").glob("*.tar.gz")
     done = pip(used, "install", "--quiet", "--no-deps", "--no-index", wheel)
     assert done.returncode == 0, done.stderr
@@ -149,6 +172,23 @@ def test_the_description_of_the_package_is_complete(installed):
     assert not re.search(r"\]\((?!https://|#)", text), "a link that works only in the repository"
     assert "imagewatch/py.typed" in names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
+
+
+def test_nothing_that_users_leave_in_a_clone_is_packed(installed):
+    with zipfile.ZipFile(installed.wheel) as wheel:
+        assert [name for name in wheel.namelist() if wheel.read(name) == b"secret"] == []
+    with tarfile.open(installed.source) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert packed & {name for name in LEFT if re.search(r"secrets/|\.png$|\.env$", name)} == set()
+
+
+def test_a_clone_lists_the_files_of_imagewatch_and_none_of_its_user(tmp_path):
+    clone = used_clone(tmp_path / "clone")
+    done = run_reported([sys.executable, "-m", "imagewatch", "files"], text=True, env={"PATH": "/usr/bin"}, cwd=clone)
+    listed = done.stdout.split()
+    assert "examples/submit.py" in listed
+    assert "systemd/user/imagewatch.service" in listed
+    assert [name for name in listed if name.startswith("examples/") and name.count("/") > 1] == []
 
 
 def test_the_source_has_all_files_of_the_repository(installed):

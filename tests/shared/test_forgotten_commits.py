@@ -1,7 +1,7 @@
 """A daemon ends at each commit of a job, and the database loses its last commits: nothing is paid for twice or lost.
 
 That is what an asynchronous standby does that takes over, and a backup that is restored. ``IMAGEWATCH_ALL_SHARED=1``
-tries all points; otherwise some of them, evenly spread.
+tries all points; otherwise one for each number of lost commits and each thing that is done then.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from structlog.testing import capture_logs
-from support.forgetting import COMMIT, MOST_LOST, World
+from support.forgetting import COMMIT, MOST_LOST, Played, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from support.forgetting import Played
     from support.postgres import Server
 
     from imagewatch.sandbox import Sandbox
@@ -34,8 +33,6 @@ AFTERWARDS = {
 FILES = 2
 """A receipt and an image."""
 RESULTS = "SELECT charged, credits FROM imagewatch.attempts WHERE outcome <> 'unsent'"
-SAMPLE = 2
-"""How many points of each kind are tried by default."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,32 @@ def points(played: Played, afterwards: tuple[str, ...]) -> list[Point]:
         for then in afterwards
         if sum(number < before for number in commits) >= lost
     ]
+
+
+def some(found: list[Point], kind: str, afterwards: tuple[str, ...]) -> list[Point]:
+    """Return a few points, each at another part of the steps.
+
+    All kinds together have one for each number of lost commits and each thing that is done then.
+    """
+    pairs = [(lost, then) for lost in range(1, MOST_LOST + 1) for then in afterwards]
+    chosen = []
+    for place, (lost, then) in enumerate(pairs):
+        if (lost + afterwards.index(then)) % len(TAGS) == list(TAGS).index(kind):
+            group = [point for point in found if (point.lost, point.afterwards) == (lost, then)]
+            chosen.append(group[place * len(group) // len(pairs)])
+    return chosen
+
+
+@pytest.mark.parametrize("afterwards", AFTERWARDS.values())
+def test_the_selection_has_each_number_of_lost_commits_with_each_thing_that_is_done_then(
+    afterwards: tuple[str, ...],
+) -> None:
+    played = Played([COMMIT, "rename"] * 8)
+    chosen = [point for kind in TAGS for point in some(points(played, afterwards), kind, afterwards)]
+    assert {(point.lost, point.afterwards) for point in chosen} == {
+        (lost, then) for lost in range(1, MOST_LOST + 1) for then in afterwards
+    }
+    assert len({point.before for point in chosen}) > len(chosen) / 2
 
 
 def tried(world: World, point: Point) -> str:
@@ -166,7 +189,7 @@ def test_a_database_that_loses_its_last_commits_at_any_commit_of_a_job_leads_to_
         played = undisturbed.play()
         assert list(faults(undisturbed, played)) == []
     found = points(played, AFTERWARDS[is_common])
-    chosen = found if ALL else found[:: -(-len(found) // SAMPLE)]
+    chosen = found if ALL else some(found, kind, AFTERWARDS[is_common])
     wrong = []
     for point in chosen:
         with world(kind, is_common=is_common) as one:

@@ -14,12 +14,13 @@ from support.peers import Peers
 
 from imagewatch.job.lost_jobs import LostJobs
 from imagewatch.job.outcome import End
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import Broken, SpoolError
 from shared.test_lost_commits import hang_at_commit
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import Any
 
@@ -134,6 +135,27 @@ def test_an_unsent_request_is_reported_when_the_unknown_charge_that_another_decl
     assert sandbox.report()["requests"] == 1
 
 
+def test_an_unsent_request_ends_the_unknown_charge_of_a_job_with_an_earlier_free_attempt(
+    peers: Peers, sandbox: Sandbox
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat [sandbox: once 429-plain]")
+    assert one.start().end is End.DEFERRED
+    job = peers.job()
+
+    def take_over() -> None:
+        one.disk.before.clear()
+        two.later = LATE
+        two.finish(peers.let_take_over(two))
+        assert two.error("cat")["charged"] == "unknown"
+
+    one.disk.before["create|sent.2"] = take_over
+    assert one.finish(job).end is End.RETURNED
+    assert (one.names("errors"), one.names("inbox")) == ([], ["cat.prompt.txt"])
+    assert peers.outcomes() == ["busy", "unsent"]
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_charge_that_only_the_process_knows_is_reported_if_it_has_the_job_again(peers: Peers) -> None:
     one, two = peers.add("one"), peers.add("two")
     one.prompt("cat", "a cat")
@@ -152,6 +174,100 @@ def test_a_charge_that_only_the_process_knows_is_reported_if_it_has_the_job_agai
     peers.let_take_over(one)
     one.finish(job)
     assert one.error("cat")["charged"] == "yes"
+
+
+def break_upload(one: Peer, *, is_large: bool = True, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Let the connection break before the whole request has left."""
+
+    def send(_job: str, _body: object, begin: Callable[[], AbstractContextManager[object]], _sink: object) -> None:
+        with begin():
+            pass
+        meanwhile()
+        raise Broken("the connection broke", is_own=is_large)
+
+    one.client.send = send  # type: ignore[method-assign,assignment]
+
+
+def test_a_prompt_whose_upload_broke_is_sent_by_the_daemon_that_takes_it_over(peers: Peers, sandbox: Sandbox) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+    break_upload(one)
+    assert one.start().reason is not None
+    shutil.rmtree(one.state)
+    job = peers.let_take_over(two)
+    assert two.finish(job).destination == "outbox"
+    assert two.receipt("cat")["attempts"] == 2
+    assert peers.outcomes() == ["busy", "completed"]
+    assert sandbox.report()["requests"] == 1
+
+
+def test_an_unknown_charge_is_withdrawn_if_the_upload_had_broken(peers: Peers, sandbox: Sandbox) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+
+    def take_over() -> None:
+        two.later = LATE
+        two.finish(peers.let_take_over(two))
+        assert two.error("cat")["charged"] == "unknown"
+
+    break_upload(one, is_large=False, meanwhile=take_over)
+    one.start()
+    one.restart()
+    assert one.finish(peers.job()).end is End.RETURNED
+    assert (one.names("errors"), peers.outcomes()) == ([], ["busy"])
+    assert one.start().destination == "outbox"
+    assert one.finished() == {"cat": "outbox"}
+    assert sandbox.report()["requests"] == 1
+
+
+@pytest.mark.parametrize(("attempts", "is_broken"), [("1", True), ("4", True), ("4", False)])
+def test_a_free_response_that_only_a_lost_host_had_delays_no_prompt(
+    peers: Peers, sandbox: Sandbox, attempts: str, is_broken: bool
+) -> None:
+    one, two = peers.add("one"), peers.add("two", retry__attempts=attempts)
+    one.prompt("cat", "a cat" if is_broken else "a cat [sandbox: once 429-plain]")
+
+    def refuse() -> None:
+        raise SpoolError("no space left on device", code=errno.ENOSPC)
+
+    one.disk.before["create|/.imagewatch/|answer.1"] = refuse
+    if is_broken:
+        break_upload(one, is_large=False)
+        one.killed(one.start, "rename|/inbox/cat.prompt.txt")
+    else:
+        one.start()
+    assert peers.outcomes() == ["busy"]
+    shutil.rmtree(one.state)
+    job = peers.let_take_over(two)
+    outcome = two.worker.process(job)
+    assert outcome.reason is None, "what it said of the account is not known"
+    assert outcome.end is (End.DEFERRED if attempts == "4" else End.RETURNED)
+    assert (two.finish(job) if attempts == "4" else two.start()).destination == "outbox"
+    assert sandbox.report()["requests"] == (1 if is_broken else 2)
+
+
+@pytest.mark.parametrize("tag", ["", " [sandbox: url]"])
+def test_a_late_response_is_published_when_the_newer_job_of_its_name_is_over(
+    peers: Peers, sandbox: Sandbox, tag: str
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", f"a cat{tag}")
+    one.killed(one.start, "/.imagewatch/|answer.1")
+    job = peers.job()
+    two.later = LATE
+    two.finish(peers.let_take_over(two))
+    for path in one.errors.iterdir():
+        path.unlink()
+    one.prompt("cat", "another cat [sandbox: once 429-plain]")
+    newer = two.start().job
+    outcome = one.finish(job)
+    assert (outcome.end, outcome.awaits_name, bool(outcome.delay)) == (End.DEFERRED, True, True)
+    assert one.answers()
+    assert two.finish(newer).destination == "outbox"
+    assert one.finish(job).destination == "outbox"
+    assert len([name for name in one.names("outbox") if name.endswith(".receipt.toml")]) == 2
+    assert peers.outcomes().count("completed") == 2
+    assert sandbox.report()["requests"] == 3
 
 
 # A database that has lost commits

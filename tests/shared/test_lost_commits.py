@@ -208,10 +208,10 @@ def test_a_server_that_hangs_does_not_delay_a_thread_for_long(
     monkeypatch: pytest.MonkeyPatch,
     question: str,
 ) -> None:
-    monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 0.5)
     journal = member(proxy.through(database), patience=20.0)
     journal.require(prove=True)
     journal.require()
+    monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 0.5)  # not while the server answers
     proxy.hang()
     began = time.monotonic()
     with pytest.raises(DatabaseError, match="not answered"):
@@ -224,9 +224,9 @@ def test_a_server_that_hangs_does_not_delay_a_thread_for_long(
 def test_while_the_database_is_out_of_reach_many_threads_do_not_wait_one_after_the_other(
     database: str, proxy: Proxy, member: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
     journal = member(proxy.through(database), patience=30.0)
     journal.require()
+    monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
     proxy.hang()
 
     def ask(_: int) -> bool:
@@ -291,13 +291,13 @@ def test_after_a_failover_to_the_synchronous_standby_every_attempt_is_known(
     """The primary that hangs has its side of the network open for good, as a stopped virtual machine may."""
     from support.proxy import Proxy  # noqa: PLC0415
 
-    monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
     monkeypatch.setattr("imagewatch.journal.postgres.session.CONNECT_SECONDS", 2)
     monkeypatch.setitem(_parameters(), "connect_timeout", "2")
     uri = own_postgres.database()
     with Proxy(own_postgres.port) as proxy:
         journal = member(either(proxy.port, standby.port, uri), patience=2.0)
         assert spend(journal, row("a")) is None
+        monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
         if primary == "killed":
             own_postgres.kill()
         else:
@@ -317,12 +317,12 @@ def test_a_commit_that_hangs_on_a_replaced_primary_does_not_hang_without_end(
 ) -> None:
     from support.proxy import Proxy  # noqa: PLC0415
 
-    monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
     monkeypatch.setitem(_parameters(), "connect_timeout", "2")
     uri = own_postgres.database()
     with Proxy(own_postgres.port) as proxy:
         journal = member(either(proxy.port, standby.port, uri), patience=2.0)
         journal.require(prove=True)
+        monkeypatch.setattr("imagewatch.journal.postgres.session._SILENT_SECONDS", 1.0)
         hang_at_commit(proxy, monkeypatch)
         with pytest.raises(UncertainError):
             journal.file.change(lambda _: None)

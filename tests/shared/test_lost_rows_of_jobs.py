@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from imagewatch.sandbox import Sandbox
 
+LATE = 120.0
+"""So much later, no daemon waits for the response of another one any more, seconds."""
 EVERYTHING = ("DELETE FROM imagewatch.attempts", "DELETE FROM imagewatch.jobs")
 
 
@@ -104,3 +106,105 @@ def test_a_response_is_published_if_the_database_has_lost_who_took_its_job_over(
     assert one.finished() == {"cat": "outbox"}
     assert (two.answers(), one.leftovers()) == ([], [])
     assert sandbox.report()["requests"] == 1
+
+
+# A response of a job that had ended before
+
+
+@pytest.fixture
+def late(peers: Peers) -> tuple[Peer, Peer, str]:
+    """A daemon with the response of a job, another one that has declared an unknown charge, and the job."""
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+    one.killed(one.start, "/.imagewatch/|answer.1")
+    two.later = LATE
+    job = peers.let_take_over(two)
+    two.finish(job)
+    assert (two.error("cat")["charged"], peers.state()) == ("unknown", "done")
+    return one, two, job
+
+
+@pytest.fixture(params=["one", "two"])
+def first(request: pytest.FixtureRequest) -> str:
+    """The daemon that continues first after the recovery."""
+    return str(request.param)
+
+
+def is_published(peers: Peers, late: tuple[Peer, Peer, str], first: str) -> None:
+    """Let both daemons continue, and check that the response is published."""
+    one, two, job = late
+    for peer in (one, two, one) if first == "one" else (two, one):
+        peers.rows("UPDATE imagewatch.jobs SET lease_ends_at = 0")
+        peer.common.take_over(5)
+        peer.finish(job)
+    assert one.finished() == {"cat": "outbox"}
+    assert (one.names("errors"), one.names("archive")) == ([], ["cat.prompt.txt"])
+    assert (peers.state(), peers.outcomes()) == ("done", ["completed"])
+    assert (one.answers(), two.answers(), one.leftovers()) == ([], [], [])
+
+
+def test_the_response_of_a_job_that_is_read_again_is_not_removed(
+    tmp_path: Path, sandbox: Sandbox, postgres: Server, database: str
+) -> None:
+    peers = Peers(tmp_path, sandbox.base_url, postgres, database, inbox="")
+    one = peers.add("one")
+    one.prompt("cat", "a cat [sandbox: no-images]")
+    assert one.worker.start(one.found()[0]).charged == "yes"
+    job, answers = peers.job(), one.answers()
+    assert one.journal.reopen(job)
+    recover(one)
+    assert one.spool.take_over() == [job]
+    assert one.answers() == answers
+    one.finish(job)
+    assert (peers.state(), one.answers()) == ("kept", answers)
+    assert one.error("cat")["charged"] == "yes"
+    peers.close()
+
+
+def test_a_response_that_came_after_an_unknown_charge_is_published_after_recovery(
+    peers: Peers, late: tuple[Peer, Peer, str], first: str
+) -> None:
+    one, two, job = late
+    one.process(job)
+    assert peers.state() == "reopened"
+    recover(one)
+    recover(two)
+    is_published(peers, late, first)
+
+
+@pytest.mark.parametrize("before", ["rename|/.imagewatch/|cat.prompt.txt", "unlink|cat.error.toml"])
+@pytest.mark.parametrize("changes", [(), EVERYTHING])
+def test_it_is_published_if_its_daemon_was_killed_while_it_withdrew_the_unknown_charge(
+    peers: Peers, late: tuple[Peer, Peer, str], first: str, before: str, changes: tuple[str, ...]
+) -> None:
+    one, two, job = late
+    one.process(job)
+    one.killed(lambda: one.process(job), before)
+    if changes:
+        peers.lose(*changes)
+    recover(one)
+    recover(two)
+    is_published(peers, late, first)
+
+
+def test_it_is_published_if_the_database_has_lost_that_the_charge_was_unknown(
+    peers: Peers, late: tuple[Peer, Peer, str], first: str
+) -> None:
+    one, two, _ = late
+    peers.lose(
+        "UPDATE imagewatch.jobs SET state = 'open', decision = ''",
+        "UPDATE imagewatch.attempts SET outcome = 'sent', charged = 'unknown'",
+    )
+    recover(one)
+    recover(two)
+    is_published(peers, late, first)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_it_is_published_if_the_database_has_lost_the_job(
+    peers: Peers, late: tuple[Peer, Peer, str], first: str, number: int
+) -> None:
+    peers.lose(*EVERYTHING)
+    recover(late[number])  # type: ignore[arg-type]
+    recover(late[1 - number])  # type: ignore[arg-type]
+    is_published(peers, late, first)
