@@ -56,7 +56,7 @@ def caps(config: Config) -> Iterator[tuple[str, str, str]]:
         with open_budget(config) as budget:
             spent, is_known = budget.spent(), budget.knows_prices()
     except SpoolError as error:
-        yield "wait", "caps", printable(f"spent credits are not known: {error}")
+        yield "warn", "caps", printable(f"spent credits are not known: {error}")
         return
     for rule, cap in set_:
         yield _cap(rule, cap, spent[rule], limits.assumed_credits, is_known=is_known)
@@ -70,7 +70,7 @@ def budgets(config: Config) -> Iterator[tuple[str, str, str]]:
         with open_budget(config) as budget:
             spent, is_known = {name: budget.spent(name) for name in config.budgets}, budget.knows_prices()
     except SpoolError as error:
-        yield "wait", "budgets", printable(f"spent credits are not known: {error}")
+        yield "warn", "budgets", printable(f"spent credits are not known: {error}")
         return
     there = _first_level_folders(config.folders.inbox)
     for name, own in config.budgets.items():
@@ -127,5 +127,5 @@ def _cap(rule: str, cap: float, spent: tuple[float, str], assumed: float, *, is_
         return "ok", rule, text
     text += f"; it is below limits.assumed_credits ({amount(assumed)})"
     if is_known:
-        return "wait", rule, f"{text}: no request is sent to a provider that was not charged in the last 30 days"
+        return "warn", rule, f"{text}: no request is sent to a provider that was not charged in the last 30 days"
     return "bad", rule, f"{text}, so every request is refused; raise it, or set assumed_credits to a likely cost"

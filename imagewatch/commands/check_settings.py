@@ -20,6 +20,7 @@ from imagewatch.commands.ledger import has_journal, open_ledger
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.shared import instance_of
+from imagewatch.daemon import status
 from imagewatch.job.claims import HINT
 from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config
     from imagewatch.endpoint.client import Client
 
+_CREDENTIALS = "/run/credentials/imagewatch.service"
 _ALL = os.R_OK | os.W_OK | os.X_OK
 
 
@@ -63,7 +65,7 @@ class Line:
 
 def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """Check folders, key, and everything else that could stop the daemon from starting."""
-    yield Line("ok", "configuration", config.source)
+    yield Line("ok", "configuration", config.source + _newer(config))
     yield Line("ok", "endpoint", config.endpoint.base_url)
     yield from _refused(config, environ)
     kinds = Kinds()
@@ -83,6 +85,19 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         yield from _claims(config, kinds)
     yield from _key(config, environ)
     yield from (Line(*line) for line in receivers(config.notify, environ))
+
+
+def _newer(config: Config) -> str:
+    """Return a note if the file was changed after a daemon started; whether that was reloaded since is not known."""
+    page = status.read(config.folders.state)
+    if page is None:
+        return ""
+    with contextlib.suppress(OSError, SpoolError):  # there may be no file, or a daemon that this user may not see
+        changed, is_running = os.stat(config.source).st_mtime, locked(os.path.join(config.folders.state, "lock"))
+        if is_running and changed > status.moment(page["started"]).timestamp() + 1:  # it is written in whole seconds
+            when = f"changed at {local(changed)}, after the daemon started"
+            return f" ({when}; unless it was reloaded since, it is not in use yet)"
+    return ""
 
 
 def _journal(config: Config) -> Iterator[Line]:
@@ -119,9 +134,7 @@ def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     source = key_source(config.endpoint, environ)
     if not source and (whose := _daemon(config)):
         why = f"not visible to this command: {whose} and may have its own systemd credential or environment variable"
-        environ_of = "CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service"
-        hint = f"to check it, run as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
-        yield Line("warn", "key", printable(f"{why} ({hint})"))
+        yield Line("warn", "key", printable(f"{why} ({_with_its_key(config)})"))
         return
     try:
         read_key(config.endpoint, environ)
@@ -142,6 +155,14 @@ def _daemon(config: Config) -> str:
         return "a daemon is running" if locked(os.path.join(state, "lock")) else ""
     except (OSError, SpoolError):
         return ""
+
+
+def _with_its_key(config: Config) -> str:
+    """Return how to run the command with the key of a daemon: a service of the system has a folder with it."""
+    if os.path.isdir(_CREDENTIALS) or is_hidden(_CREDENTIALS):
+        environ_of = f"CREDENTIALS_DIRECTORY={_CREDENTIALS}"
+        return f"to check it, run as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
+    return "to check it, run this command with the variables that the daemon was started with, such as LETTA_API_KEY"
 
 
 def _owner(config: Config) -> str:

@@ -8,6 +8,7 @@ daemon can claim it immediately, and never half-written. Only the folders are ne
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import functools
 import os
@@ -47,6 +48,7 @@ NAMED = ".named-"
 """How hidden names of prompts with a note begin. Such a prompt shows that it was not dropped, so it stays."""
 _STALE_SECONDS = 86_400.0
 """Staged files of this age were left by a command that was killed."""
+_NUMBERS = re.compile("[0-9]+")
 _COPY_BYTES = 1 << 20
 _MOST_WORDS = 40
 _MOST_STEM = 200
@@ -216,6 +218,7 @@ class Delivery:
         disk: The disk.
         target: The folder, absolute.
         unsynced: Why dropped prompts may be lost if the power fails; None if they are safe, or if that is not known.
+        similar: The name of a new folder, and a similar one that may have been meant; None if there is none.
 
     Raises:
         SpoolError: The inbox does not exist or cannot be written.
@@ -239,6 +242,7 @@ class Delivery:
         self._tops = self._disk.tops
         self._held = contextlib.ExitStack()
         self.unsynced: SpoolError | None = None
+        self.similar: tuple[str, str] | None = None
         self._target = self.target = self._entered()
         self._mode = self._readable_mode()
         self._staged: list[_Staged] = []
@@ -378,12 +382,24 @@ class Delivery:
                 # The daemon is often another user. It must be able to move files out of this folder, as out of the one
                 # above; the sticky bit would forbid that, because the daemon does not own this folder.
                 mode = stat.S_IMODE(self._tops.folder(above).status().st_mode) & ~stat.S_ISVTX
+                self.similar = self.similar or self._similar_to(above, part)
                 self._disk.make_with_mode(current, mode)
                 self._sync(above)
         place = self._tops.at(current)
         if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
             raise _denied(current)
         return current
+
+    def _similar_to(self, above: str, name: str) -> tuple[str, str] | None:
+        """Return the name of a new folder, and a folder, preset or budget with a similar name, if there is one."""
+        known: set[str] = set()
+        if not self._blind and above == self._config.folders.inbox:
+            known |= {*self._config.presets, *self._config.budgets}
+        with contextlib.suppress(OSError), os.scandir(above) as entries:
+            known |= {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+        close = () if name in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+        # A series, such as a folder for each month, is no mistake.
+        return next(((name, one) for one in close if _NUMBERS.sub("", one) != _NUMBERS.sub("", name)), None)
 
     def _remove_stale(self) -> None:
         """Remove files that a command that was killed has left in this folder."""

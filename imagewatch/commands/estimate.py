@@ -132,7 +132,9 @@ def _estimated(source: str, request: Request, budget: Budget) -> Estimate:
     if problem := budget.never(asked, folder_of(source)):
         return Estimate(source, problem=str(problem))
     cost = budget.cost(asked)
-    text = ", ".join(str(request.fields[name]) for name in (*PRICED, "n") if name in request.fields)
+    n = request.fields.get("n")
+    parts = [str(request.fields[name]) for name in PRICED if name in request.fields]
+    text = ", ".join([*parts, *([f"{n} image{'s' * (n > 1)}"] if n else [])])
     if not cost.seen:
         return Estimate(source, text, reserve=cost.high)
     return Estimate(source, text, cost.low, cost.usual, cost.high, cost.seen, cost.high)

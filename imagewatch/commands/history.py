@@ -126,7 +126,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     )
     completed, refused, unknown = (int(totals[name]) for name in ("completed", "refused", "unknown"))
     spent = amount(totals["credits"])
-    click.echo(f"\nTotal: {completed} completed, {refused} refused, {unknown} unknown, {spent} credits.")
+    click.echo(f"\nTotal: {completed} completed, {refused} refused or invalid, {unknown} unknown, {spent} credits.")
 
 
 @dataclass

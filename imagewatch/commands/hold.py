@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING
 import click
 
 from imagewatch.commands.common import config_option, json_option
-from imagewatch.commands.state import control_of, hold_kinds, is_applied, is_running, load_as_owner, usable_journal
+from imagewatch.commands.state import (
+    control_of,
+    hold_kinds,
+    is_applied,
+    is_free,
+    is_running,
+    load_as_owner,
+    usable_journal,
+)
 from imagewatch.journal import opening
 from imagewatch.journal.account import MANUAL, PUT_ON_HOLD
 from imagewatch.journal.control import Control, accept_ledger, accepts_ledger
 from imagewatch.system.disk import Disk
-from imagewatch.system.errors import DatabaseError, SpoolError, UsageError
+from imagewatch.system.errors import ConfigError, DatabaseError, SpoolError, UsageError
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
@@ -48,7 +56,11 @@ def hold(reason: str, path: str | None, *, as_json: bool, for_all: bool) -> None
     With --account, this concerns all daemons that share the account in a database, also those that start later. When
     the command returns, none of them records another request. The hold lasts until "imagewatch release --account".
     """
-    config = load_as_owner(path)
+    try:
+        config = load_as_owner(path)
+    except ConfigError as error:  # the state folder of the daemon is not known
+        error.hint = "to stop sending without it, stop the daemon: systemctl stop imagewatch, or Ctrl-C in its terminal"
+        raise
     if for_all:
         _hold_account(config, reason, as_json=as_json)
         return
@@ -124,6 +136,7 @@ def release(path: str | None, *, as_json: bool, accept: bool, for_all: bool) -> 
         raise click.UsageError("--accept-new-ledger and --account cannot be used together")
     config = load_as_owner(path)
     running = is_running(config)
+    was_free = running and is_free(config)
     if for_all:
         applied = _released_account(config, running=running)
     else:
@@ -140,7 +153,7 @@ def release(path: str | None, *, as_json: bool, accept: bool, for_all: bool) -> 
     elif not running:
         click.echo("Released. The daemon is not running. When it starts, it sends prompts again.")
     elif applied:
-        click.echo("Released.")
+        click.echo("Nothing was on hold." if was_free and not accept else "Released.")
     else:
         click.echo("Release requested; the daemon has not applied it yet.")
 

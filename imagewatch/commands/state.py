@@ -156,6 +156,13 @@ def holds(config: Config) -> list[dict[str, Any]]:
     return []
 
 
+def is_free(config: Config) -> bool:
+    """Return whether a running daemon has no hold, as it last wrote, and is not asked for one."""
+    with contextlib.suppress(SpoolError), control_of(config) as control:
+        return not status_page(config)["holds"] and control.held() is None
+    return False
+
+
 def hold_kinds(config: Config) -> set[str]:
     """Return the kinds of the holds that the daemon last wrote."""
     page = status.read(config.folders.state)

@@ -270,7 +270,7 @@ def _drop(
         _stage(delivery, requests, stems)
         _place(delivery.place(), call, waiting, interrupts)
     interrupts.obey()
-    _warn_unsynced(delivery)
+    _warn(delivery)
     return waiting
 
 
@@ -293,7 +293,7 @@ def _dropped_rows(call: _Call, interrupts: Interrupts) -> Waiting | None:
         call.wanted, call.batch = len(batch.new), batch
         _place(batch.place(delivery, record), call, waiting, interrupts)
     interrupts.obey()
-    _warn_unsynced(delivery)
+    _warn(delivery)
     return waiting
 
 
@@ -311,10 +311,13 @@ def _place(
             interrupts.check()
 
 
-def _warn_unsynced(delivery: Delivery) -> None:
+def _warn(delivery: Delivery) -> None:
     if delivery.unsynced:
         warning = f"{delivery.unsynced}; the prompts are dropped, but may be lost if the power fails"
         click.echo(f"imagewatch: {printable(warning)}", err=True)
+    if delivery.similar:
+        new, other = delivery.similar
+        say(f'imagewatch: the folder "{printable(new, 100)}" is new; did you mean "{printable(other, 100)}"?')
 
 
 def _stems(requests: Sequence[SubmitRequest], name: str | None) -> list[str]:

@@ -140,12 +140,27 @@ def parse(text: str, name: str = "") -> tuple[dict[str, Any], Problem | None]:
     try:
         return tomllib.loads(text), None
     except tomllib.TOMLDecodeError as error:
-        reason = repr(str(error))[1:-1][-120:]  # its end is the position
-        return {}, Problem(name, reason, "put text in double quotes; # begins a comment")
+        return {}, _not_toml(text, name, error)
     except ValueError:  # not a TOMLDecodeError: a number of thousands of digits
         return {}, Problem(name, "a number is too long")
     except RecursionError:
         return {}, Problem(name, "is nested too deeply")
+
+
+def _not_toml(text: str, name: str, error: tomllib.TOMLDecodeError) -> Problem:
+    """Return where a text is not TOML, and what to do; a section or a key that is there twice is the usual mistake."""
+    reason = repr(str(error))[1:-1][-120:]  # its end is the position
+    if found := re.fullmatch(r"Cannot declare .* twice \(at line (\d+), .*\)", str(error)):
+        lines = [line.partition("#")[0].strip() for line in text.split("\n")]
+        number = int(found[1])
+        header = lines[number - 1] if number <= len(lines) else ""
+        earlier = lines.index(header) + 1 if header in lines[: number - 1] else 0
+        where = f"it is in line {earlier} already" if earlier else "it is in the file already"
+        section = _printable(header) if header else "a section"
+        return Problem(name, f"{section} is there twice (at line {number})", f"{where}: put the keys there")
+    if str(error).startswith("Cannot overwrite a value"):
+        return Problem(name, f"a key is there twice: {reason}", "keep one of them")
+    return Problem(name, reason, "put text in double quotes; # begins a comment")
 
 
 def _printable(text: str) -> str:

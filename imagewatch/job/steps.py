@@ -22,7 +22,7 @@ from imagewatch.journal.budget import folder_of
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.reasons import Others, Reaction, Reason
-from imagewatch.protocol.request import build, contents
+from imagewatch.protocol.request import NO_PRESET, build, contents
 from imagewatch.protocol.values import Tail
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import BadRequest, NameTakenError, Outdated, Problem, SpoolError, Withdrawn
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from imagewatch.protocol.request import Request
     from imagewatch.protocol.values import Claim
 
+_RELOAD = "reload or restart the daemon if you have just added it"
 _RETURN_SECONDS = 5.0
 _UNKNOWN_SECONDS = 10.0
 """How often it is asked whether another daemon has written the row of a job again."""
@@ -256,7 +257,7 @@ class Steps:
         except Outdated:
             return self._give_back(job)
         except BadRequest as error:
-            self._completion.invalid(job, error.problems, contents(folder, claim.originals, most, where))
+            self._completion.invalid(job, _for_daemon(error.problems), contents(folder, claim.originals, most, where))
         else:
             job.foresee()
         return None
@@ -419,3 +420,10 @@ class Steps:
         return Outcome(
             job.id, End.DEFERRED, job.claim.source, delay=_RETURN_SECONDS, reason=job.reason, awaits_name=True
         )
+
+
+def _for_daemon(problems: list[Problem]) -> list[Problem]:
+    """Return problems with a hint for what a command, which reads the configuration anew, would not find."""
+    return [
+        replaced(one, hint=f"{one.hint}; {_RELOAD}") if one.reason.startswith(NO_PRESET) else one for one in problems
+    ]

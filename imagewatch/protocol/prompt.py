@@ -35,6 +35,10 @@ _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'')
 _NESTING = re.compile(r"[.\[{]")
 _MAX_NESTING = 100
 """Dots and brackets outside of strings: thousands cost the TOML reader seconds; one or two are normal."""
+_QUOTES = " \t'\u201c\u201d\u201e\u2018\u2019\u201a\xab\xbb"
+_BARE = re.compile(rf"\s*(\w+)\s*[=:]([{_QUOTES}]*[\w.:/+-]+(?: [\w.:/+-]+)*[{_QUOTES}]*)(?:#.*)?")
+"""An option whose value is text without double quotes, or with those of a word processor, and a comment."""
+_TEXTS = {"provider", "model", "size", "quality", "output_format", "preset"}
 _HINT_TEXT = "save it as plain text in UTF-8"
 _HINT_TOML = "front matter is TOML between two lines that are exactly +++"
 _HINT_ALMOST = (
@@ -162,11 +166,21 @@ def _front_matter(block: str) -> tuple[FrontMatter, list[Problem]]:
         table = tomllib.loads(block)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         # ValueError: an integer of more digits than Python converts.
-        return FrontMatter(), [Problem("front matter", f"not TOML: {_counted(error)}", _HINT_TOML)]
+        return FrontMatter(), [Problem("front matter", f"not TOML: {_counted(error)}", _hint(block, str(error)))]
     front, problems = check(table, FrontMatter)
     if front.input_images is not None:
         problems += _input_problems(front.input_images)
     return front, problems
+
+
+def _hint(block: str, error: str) -> str:
+    """Return what to do about front matter that is not TOML; text without quotes is the usual mistake."""
+    found, lines = re.search(r"\(at line (\d+), ", error), block.split("\n")
+    line = lines[int(found[1]) - 1] if found and int(found[1]) <= len(lines) else ""
+    option = _BARE.fullmatch(line)
+    if option is None or option[1] not in _TEXTS:
+        return _HINT_TOML
+    return f'put text in double quotes: {option[1]} = "{option[2].strip(_QUOTES)}"'
 
 
 def _counted(error: Exception) -> str:

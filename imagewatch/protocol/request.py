@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     """Opens a file that other people wrote; raises OSError."""
 
 SUPPORTED = "png, jpg and webp are supported"
+NO_PRESET = "there is no preset"
 _UNUSED = "may be meant as an image, and is not used"
 _WAYS_OUT = "list the images in input_images, or write input_images = []"
 _MOST_UNUSED = 10
@@ -201,7 +202,7 @@ def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[
             preset = config.presets[front.preset]
         else:
             hint = nearest(front.preset, config.presets, "presets") if config.presets else "no presets are configured"
-            problems.append(Problem("preset", f'there is no preset "{printable(front.preset, 60)}"', hint))
+            problems.append(Problem("preset", f'{NO_PRESET} "{printable(front.preset, 60)}"', hint))
     own = prompts.Prompt("", front).options
     return layered((own, preset, config.defaults)), problems
 

@@ -153,6 +153,20 @@ def test_a_manual_hold_keeps_prompts_until_release_across_restarts(tmp_path, run
     assert daemon.wait_for("released")["kind"] == "manual"
 
 
+def test_release_says_if_nothing_was_on_hold(folders, run):
+    run(folders)
+    until(lambda: status_of(folders).get("state") == "running")
+    said = command(folders, "release")
+    assert (said.returncode, said.stdout) == (0, "Nothing was on hold.\n")
+
+
+def test_hold_says_how_to_stop_a_daemon_whose_configuration_was_broken_meanwhile(folders, run):
+    run(folders)
+    said = command(folders, "hold", IMAGEWATCH_LIMITS__CONCURRENCY="none")
+    assert said.returncode == 78
+    assert "stop the daemon: systemctl stop imagewatch, or Ctrl-C in its terminal" in said.stderr
+
+
 def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(folders, run, sandbox):
     assert run(folders).stop() == 0
     said = command(folders, "hold")
@@ -810,7 +824,7 @@ def test_history_agrees_with_the_api_in_every_format_and_harms_no_terminal(folde
     result = command(folders, "history")
     assert (
         result.stdout.splitlines()[-1]
-        == f"Total: {len(paid)} completed, 2 refused, 1 unknown, {report['credits'] - 30} credits."
+        == f"Total: {len(paid)} completed, 2 refused or invalid, 1 unknown, {report['credits'] - 30} credits."
     )
     assert not RAW.search(result.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
     newest = json.loads(command(folders, "history", "--json", "--limit", "2", "--days", "1").stdout)
@@ -879,6 +893,7 @@ def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders,
     folders.prompt("two", "+++\nn = 2\n+++\nTwo dogs")
     folders.prompt("dear", '+++\nprovider = "openai"\nquality = "high"\n+++\nA house')
     result = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json", **offline).stdout)}
+    assert result["two.prompt.txt"]["request"] == "flux, 2 images"
     assert (result["two.prompt.txt"]["usual"], result["two.prompt.txt"]["seen"]) == (60, 1)
     assert result["dear.prompt.txt"]["usual"] is None
     assert "Total: 60 credits, and 1 of unknown cost." in command(folders, "estimate", **offline).stdout

@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import Folders, command, until
 from support.station import Station
+
+from imagewatch.commands import check_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,14 +53,27 @@ def test_a_check_beside_a_running_daemon_does_not_report_its_key_as_bad(
 
 
 @as_root
-def test_a_check_by_root_says_how_to_check_the_key_of_the_services_user(folders: Folders) -> None:
+def test_a_check_by_root_says_how_to_check_the_key_of_the_services_user(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders.state.mkdir()
     os.chown(folders.state, 2, 2)
     name = pwd.getpwuid(2).pw_name
-    code, line = key_line(folders)
-    assert (code, line["verdict"]) == (0, "warn")
-    assert f"the daemon runs as {name} " in line["why"]
-    assert f"runuser -u {name} -- env CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service" in line["why"]
+    monkeypatch.setattr(check_settings, "_CREDENTIALS", str(tmp_path))
+    (line,) = (line for line in check_settings.settings(folders.config(), {}) if line.what == "key")
+    assert line.verdict == "warn"
+    assert f"the daemon runs as {name} " in line.why
+    assert f"runuser -u {name} -- env CREDENTIALS_DIRECTORY={tmp_path} imagewatch check" in line.why
+
+
+@pytest.mark.skipif(os.path.lexists("/run/credentials/imagewatch.service"), reason="there is a service")
+def test_a_check_beside_a_daemon_that_is_no_service_recommends_its_variables(
+    folders: Folders, run: Callable[..., Any]
+) -> None:
+    run(folders)
+    _, line = key_line(folders)
+    assert "run this command with the variables that the daemon was started with" in line["why"]
+    assert "runuser" not in line["why"]
 
 
 def test_without_a_daemon_a_check_reports_a_missing_key_as_bad(folders: Folders) -> None:
@@ -199,7 +215,40 @@ def test_a_preset_that_does_not_exist_is_reported_with_those_that_do(tmp_path: P
     station.work()
     station.close()
     (problem,) = station.error("cat")["problems"]
-    assert problem == 'preset: there is no preset "x" (known presets: banner, poster)'
+    reload = "reload or restart the daemon if you have just added it"
+    assert problem == f'preset: there is no preset "x" (known presets: banner, poster; {reload})'
+
+
+def test_a_command_that_reads_the_presets_anew_does_not_recommend_a_reload(tmp_path: Path, sandbox: Sandbox) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, presets__poster__size="1024x1536")
+    done = command(folders, "submit", "--preset", "poter", "A cat")
+    assert done.returncode == 64
+    assert 'there is no preset "poter" (did you mean "poster"?)' in done.stderr
+
+
+def test_check_says_if_the_configuration_is_newer_than_the_daemon(
+    folders: Folders, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def line() -> dict[str, str]:
+        (found,) = (
+            one
+            for one in json.loads(command(folders, "check", "--json").stdout)["settings"]
+            if one["what"] == "configuration"
+        )
+        return found
+
+    file = tmp_path / "imagewatch.toml"
+    file.write_text("[presets.poster]\nn = 2\n")
+    folders.environ["IMAGEWATCH_CONFIG"] = str(file)
+    at = time.time()
+    os.utime(file, (at - 60, at - 60))
+    daemon = run(folders)
+    until((folders.state / "status.json").exists)
+    assert line() == {"verdict": "ok", "what": "configuration", "why": str(file)}
+    os.utime(file, (at + 60, at + 60))
+    assert "after the daemon started; unless it was reloaded since, it is not in use yet" in line()["why"]
+    daemon.stop()
+    assert line()["why"] == str(file)
 
 
 # Missing files

@@ -682,6 +682,23 @@ def test_a_folder_named_like_a_preset_is_created_and_applies_it(tmp_path, sandbo
         assert (folders.inbox / made).stat().st_mode & 0o7777 == 0o2775
 
 
+@pytest.mark.parametrize(
+    ("new", "similar"),
+    [("psoter", "poster"), ("postr/may", "poster"), ("hana", "hanna"), ("2026-11", ""), ("poster", ""), ("cats", "")],
+)
+def test_a_new_folder_is_named_with_a_similar_one_that_may_have_been_meant(tmp_path, sandbox, new, similar):
+    folders = Folders(tmp_path, sandbox.base_url, presets__poster__size="1024x1536")
+    sender = Sender(folders, tmp_path / "home")
+    for name in ("hanna", "2026-10"):
+        (folders.inbox / name).mkdir()
+    done = sender.submit("A cat", "--folder", new)
+    note = f'imagewatch: the folder "{new.partition("/")[0]}" is new; did you mean "{similar}"?\n'
+    assert (done.returncode, "is new" in done.stderr) == (0, bool(similar))
+    assert not similar or note in done.stderr
+    again = sender.submit("A dog", "--folder", new)
+    assert "is new" not in again.stderr
+
+
 def test_a_preset_can_be_asked_for(sender):
     sender.submit("A cat", "--preset", "poster", "--name", "cat")
     assert 'preset = "poster"' in (sender.folders.inbox / "cat.prompt.txt").read_text()

@@ -971,3 +971,34 @@ def test_no_bytes_raise_anything_but_a_config_error(tmp_path_factory, content):
 def test_no_variable_raises_anything_but_a_config_error(environ):
     with pytest.raises(ConfigError):
         load(None, environ | {"IMAGEWATCH_FOLDERS__ROOT": "\0"})
+
+
+# What is there twice
+
+
+@pytest.mark.parametrize(
+    ("header", "where"),
+    [
+        ("[limits]", "it is in line 4 already: put the keys there"),
+        ("[limits]  # caps", "it is in line 4 already: put the keys there"),
+        ("[ limits ]", "it is in the file already: put the keys there"),
+    ],
+)
+def test_a_section_that_is_pasted_a_second_time_is_named_with_the_line_of_the_first(tmp_path, header, where):
+    file = tmp_path / "imagewatch.toml"
+    file.write_text(f"{ROOT}\n[limits]\n# credits_per_day = 0.0\n\n{header}\ncredits_per_day = 9\n")
+    with pytest.raises(ConfigError) as raised:
+        load(str(file), {})
+    (problem,) = raised.value.problems
+    shown = header.partition("#")[0].strip()
+    assert (problem.reason, problem.hint) == (f"{shown} is there twice (at line 7)", where)
+
+
+def test_a_key_that_is_there_twice_is_reported_as_such(tmp_path):
+    file = tmp_path / "imagewatch.toml"
+    file.write_text(f"{ROOT}[limits]\nburst = 1\nburst = 2\n[log]\n")
+    with pytest.raises(ConfigError) as raised:
+        load(str(file), {})
+    (problem,) = raised.value.problems
+    assert problem.reason.startswith("a key is there twice: ")
+    assert problem.hint == "keep one of them"

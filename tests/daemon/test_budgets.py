@@ -313,7 +313,7 @@ def test_check_shows_what_is_spent_and_what_has_no_effect(budgeted, sandbox, sta
     assert "inbox.recursive is false" in check(folders)["budgets.anna"][1]
     folders.environ["IMAGEWATCH_LIMITS__ASSUMED_CREDITS"] = "50"
     verdict, why = check(folders)["budgets.trash.credits_per_month"]
-    assert (verdict, "it is below limits.assumed_credits (50)" in why) == ("wait", True)
+    assert (verdict, "it is below limits.assumed_credits (50)" in why) == ("warn", True)
 
 
 def test_status_shows_how_many_wait_in_each_folder_and_what_of_each_budget_is_spent(budgeted, sandbox, run):

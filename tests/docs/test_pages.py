@@ -1,7 +1,7 @@
 """The blocks of the pages for users that ``<!-- run: NAME -->`` marks, run exactly as they are written.
 
-``<!-- seen -->`` marks what the command before it prints; numbers, ids and the folder may differ, and ``…`` is any
-number of lines. A block that no test runs says so: ``<!-- manually -->`` or ``<!-- not tried -->``.
+``<!-- seen -->`` marks what the command before it prints; numbers, ids and the folder may differ. ``…`` is any number
+of lines, or the rest of a line. A block that no test runs says so: ``<!-- manually -->`` or ``<!-- not tried -->``.
 """
 
 from __future__ import annotations
@@ -84,8 +84,13 @@ def masked(text: str, here: Path) -> str:
 def is_seen(printed: str, shown: str, here: Path) -> bool:
     """Whether a command printed what a page shows."""
     lines = masked(shown, here).splitlines()
-    pattern = "".join("(?:.*\n)*?" if line == "…" else f"{re.escape(line)}\n" for line in lines)
+    pattern = "".join("(?:.*\n)*?" if line == "…" else f"{_of_line(line)}\n" for line in lines)
     return re.fullmatch(pattern, masked(printed, here)) is not None
+
+
+def _of_line(line: str) -> str:
+    """A pattern for a line, which a page may cut with an ``…`` at its end."""
+    return re.escape(line.removesuffix("…")) + ".*" * line.endswith("…")
 
 
 class Terminals:
@@ -96,11 +101,15 @@ class Terminals:
         self._environ = {"PATH": PROGRAMS, "HOME": str(here), "COLUMNS": "200", **environ}
         self._running: list[subprocess.Popen[bytes]] = []
 
+    def export(self, text: str) -> None:
+        """Set variables for all that is run later."""
+        self._environ |= dict(re.findall(r"^export (\w+)=(.+)$", text, re.MULTILINE))
+
     def start(self, text: str, name: str) -> Path:
         """Start a program; return the file with what it prints."""
         output = self.here.parent / f"{name}.output"
         with output.open("wb") as file:
-            command = ["bash", "-c", f"exec env {text}" if "=" in text.split(maxsplit=1)[0] else f"exec {text}"]
+            command = ["bash", "-c", f"exec {text}"]
             options: dict[str, Any] = {"stdout": file, "stderr": file, "stdin": subprocess.DEVNULL}
             self._running.append(subprocess.Popen(command, cwd=self.here, env=self._environ, **options))
         return output
@@ -161,7 +170,7 @@ def test_each_block_of_commands_says_whether_it_was_run():
 
 def test_each_marked_block_is_run_here():
     text = Path(__file__).read_text()
-    assert all(f'RUN["{name}"]' in text for name in RUN if name not in {"tutorial", "sandbox", "daemon"})
+    assert all(f'RUN["{name}"]' in text for name in RUN if name not in {"tutorial", "sandbox", "variables", "daemon"})
 
 
 # The tutorial
@@ -179,6 +188,8 @@ def test_the_tutorial_works_and_prints_what_it_shows(terminals: Callable[..., Te
             printed = here.run(block).stdout
             if "imagewatch release" in block:
                 until(lambda: any((here.here / "pictures/outbox").glob("a-garden*.receipt.toml")))
+        elif kind == "run" and name == "variables":
+            here.export(block)
         elif kind == "run":
             output = here.start(block.strip() + (f" --port {port}" if name == "sandbox" else ""), name)
         elif name:

@@ -92,6 +92,8 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     folders.prompt("family", "+++\nmodel = 'best'\n+++\nx")
     folders.prompt("key", "+++\nqualty = 'high'\n+++\nx")
     folders.prompt("value", "+++\nquality = 'best'\n+++\nx")
+    folders.prompt("quotes", "+++\nprovider = openai\n+++\nx")
+    folders.prompt("colon", "+++\nprovider: openai\n+++\nx")
     folders.drop("kind.gif", b"GIF89a")
     folders.prompt("kind", "x")
     folders.drop("whole.png", unique_png("a")[:-5])
@@ -106,7 +108,7 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     folders.prompt("safety", "x [sandbox: 400]")
     folders.prompt("credits", "x [sandbox: 402]")
     start(folders, "run")
-    until(lambda: len(folders.finished()) == 14)
+    until(lambda: len(folders.finished()) == 16)
     found = {stem: folders.error(stem)["message"] for stem in folders.finished()}
     table = USING.partition("| `message` says")[2].partition("\n\n")[0]
     cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
@@ -114,7 +116,7 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     elsewhere = ["it is too large", "it is not supported"]  # test_requests.py has such images
     documented_texts = [text for text in texts if text not in elsewhere]
     assert len(documented_texts) == len(texts) - len(elsewhere)
-    refused = ("key", "value", "kind", "beside", "fence", "yaml", "page", "rich", "latin", "whole")
+    refused = ("key", "value", "quotes", "colon", "kind", "beside", "fence", "yaml", "page", "rich", "latin", "whole")
     stems = (*refused, "safety", "credits", "cap", "family")
     for stem, text in zip(stems, documented_texts, strict=True):
         assert text in found[stem]

@@ -499,6 +499,28 @@ def test_a_toml_mistake_is_reported_with_the_line_of_the_file(block, line):
 
 
 @pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        ("provider = openai", 'provider = "openai"'),
+        ("provider = “openai”  # not flux", 'provider = "openai"'),
+        ("provider: openai", 'provider = "openai"'),
+        ("size = 1024x1536", 'size = "1024x1536"'),
+        ("  model=gpt-image-2", 'model = "gpt-image-2"'),
+        ("n = two", ""),
+        ('provider = "openai', ""),
+        ('provider = open"ai', ""),
+    ],
+)
+def test_an_option_whose_text_has_no_quotes_is_shown_with_them(line, right):
+    hint = problem(f"+++\n{line}\n+++\na cat".encode()).hint
+    assert hint == (
+        f"put text in double quotes: {right}"
+        if right
+        else "front matter is TOML between two lines that are exactly +++"
+    )
+
+
+@pytest.mark.parametrize(
     "block",
     [
         "n = " + "[" * 5000,
