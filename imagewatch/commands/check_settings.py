@@ -32,7 +32,7 @@ from imagewatch.protocol.options import choose_provider, layered
 from imagewatch.protocol.request import unknown_family
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import FULL, disk_errors
-from imagewatch.system.errors import ConfigError, SpoolError, Unavailable
+from imagewatch.system.errors import ConfigError, KeyRefused, SpoolError, Unavailable
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.system.folders import Tops
 from imagewatch.system.locks import locked
@@ -245,6 +245,8 @@ def account(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         with contextlib.closing(_client(config, environ)) as client:
             for name, credits_ in client.balance().items():
                 yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
+    except KeyRefused as error:
+        yield Line("bad", "key", printable(f"the API refused it ({error})"))
     except Unavailable as error:
         yield Line("warn", "balance", printable(f"not available ({error}); nothing else depends on it"))
     except ConfigError as error:

@@ -69,8 +69,10 @@ def _groups(owner: os.stat_result) -> list[int]:
 
 def never_ran(state: str) -> SpoolError:
     """Return the error of a command that needs the state folder if there is none."""
-    start = "systemctl start imagewatch, or imagewatch run"
-    hint = f"start the daemon ({start}), or name another configuration with --config"
+    inbox = state.removeprefix("/var/lib/imagewatch-")  # of imagewatch@.service
+    unit = f"imagewatch@{inbox}" if inbox != state and "/" not in inbox else "imagewatch"
+    start = f"systemctl start {unit}, or imagewatch run"
+    hint = printable(f"start the daemon ({start}), or name another configuration with --config")
     return SpoolError(f"no daemon has run with this configuration yet: {printable(state)}", path=state, hint=hint)
 
 

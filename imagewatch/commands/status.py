@@ -78,9 +78,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     state = _STATES.get(page["state"], "is running")
     yield f"imagewatch {page['version']} {state}, as of {local_time(page['updated'])}"
     yield from _places(page)
-    waiting = page["waiting"]
-    yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
-    yield from _folders(page.get("folders", []))  # an older daemon does not write it
+    yield from _waiting(page)
     yield f"  in flight  {len(page['in_flight'])}"
     for job in page["in_flight"]:
         yield f"             {job['source']}"
@@ -108,6 +106,15 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
         yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
         yield f"             {one['next']}"
+
+
+def _waiting(page: dict[str, Any]) -> Iterator[str]:
+    if not page["is_running"]:  # what was dropped since then is not in the page
+        yield "  waiting    not known while it does not run; imagewatch check lists the prompts"
+        return
+    waiting = page["waiting"]
+    yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
+    yield from _folders(page.get("folders", []))  # an older daemon does not write it
 
 
 def _places(page: dict[str, Any]) -> Iterator[str]:

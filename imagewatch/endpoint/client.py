@@ -26,8 +26,9 @@ from imagewatch.endpoint.coding import UndecodableError, is_coding
 from imagewatch.endpoint.download import Downloads
 from imagewatch.endpoint.http_clients import COMPRESSED_MORE_BYTES, ERRORS, Clients, pieces, reason_of
 from imagewatch.endpoint.receive import FullError, Receiver
+from imagewatch.protocol.reasons import KINDS
 from imagewatch.protocol.values import Head, Tail
-from imagewatch.system.errors import Broken, JobError, Unavailable
+from imagewatch.system.errors import Broken, JobError, KeyRefused, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,6 +167,7 @@ class Client:
 
         Raises:
             ConfigError: There is no usable key.
+            KeyRefused: The endpoint does not accept the key.
             Unavailable: The endpoint does not report it.
         """
         key = self._read_key()
@@ -189,7 +191,8 @@ class Client:
                 raise Unavailable(call.reason or reason_of(error, key.secret)) from None
         found = balance(body) if response.is_success else {}
         if not found:
-            raise Unavailable(f"HTTP {response.status_code}")
+            kind = KeyRefused if response.status_code in KINDS["key"].statuses else Unavailable
+            raise kind(f"HTTP {response.status_code}")
         return found
 
 

@@ -154,6 +154,10 @@ class Unavailable(JobError):  # noqa: N818
     """The request provably did not reach the API whole; it was free and may be tried again."""
 
 
+class KeyRefused(Unavailable):
+    """The API answered that it does not accept the key; nothing was asked for that costs anything."""
+
+
 class Broken(Unavailable):
     """The connection broke before the last byte of the request was sent; it was free.
 

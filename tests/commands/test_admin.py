@@ -667,6 +667,15 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
     assert "0 completed, 0 refused, 1 unknown" in result.stdout
 
 
+def test_while_the_daemon_is_down_status_does_not_say_that_no_prompt_waits(folders, run):
+    daemon = run(folders)
+    assert "  waiting    0\n" in command(folders, "status").stdout
+    assert daemon.stop() == 0
+    folders.prompt("cat", "A cat")
+    words = "  waiting    not known while it does not run; imagewatch check lists the prompts\n"
+    assert words in command(folders, "status").stdout
+
+
 def test_status_exits_with_69_while_the_queue_is_on_hold_and_shows_pending_requests(folders, run, sandbox):
     daemon = run(folders)
     command(folders, "hold", "night")
@@ -859,6 +868,12 @@ def test_before_the_first_start_status_names_the_service_first_so_that_root_does
     assert result.returncode != 0
     assert "no daemon has run with this configuration yet" in result.stderr
     assert "start the daemon (systemctl start imagewatch, or imagewatch run)" in result.stderr
+
+
+def test_before_the_first_start_of_one_of_several_inboxes_status_names_its_unit(tmp_path, sandbox):
+    state = "/var/lib/imagewatch-no-such-inbox"
+    result = command(Folders(tmp_path, sandbox.base_url), "status", IMAGEWATCH_FOLDERS__STATE=state)
+    assert "start the daemon (systemctl start imagewatch@no-such-inbox, or imagewatch run)" in result.stderr
 
 
 def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox):
@@ -1366,6 +1381,16 @@ def test_a_missing_balance_is_not_available_and_changes_nothing(tmp_path, status
     (line,) = [line for line in result.stdout.splitlines() if re.match(r"\w+ +[a-z ]*balance ", line)]
     assert "not available" in line
     assert words in line
+    assert KEY not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("status", [b"401 Unauthorized", b"403 Forbidden"])
+def test_a_key_that_the_api_refuses_is_bad(tmp_path, status):
+    with Scripted(responding(b'{"message": "not this %s"}' % KEY.encode(), status=status)) as server:
+        result = command(Folders(tmp_path, server.base_url), "check", "--balance")
+    assert result.returncode == 78
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("bad ")]
+    assert line.split(maxsplit=2) == ["bad", "key", f"the API refused it (HTTP {status[:3].decode()})"]
     assert KEY not in result.stdout + result.stderr
 
 

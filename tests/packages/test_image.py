@@ -263,6 +263,23 @@ def test_an_upgrade_keeps_the_ledger(started: Place, sandbox: Sandbox) -> None:
     assert sandbox.report()["charged"] == 1
 
 
+def test_a_ledger_is_copied_while_the_container_runs_and_restored(started: Place, sandbox: Sandbox) -> None:
+    started.prompt("cat", "[sandbox: b64] A cat")
+    started.until_receipt("cat")
+    started.follow("backup")
+    (copy,) = started.path.glob("ledger-*.sqlite3")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    history = started.inside("imagewatch", "history", "--json", "--limit=0").stdout
+    assert "cat.prompt.txt" in history
+    started.follow("restore")
+    started.start()
+    started.until_watching()
+    assert started.inside("imagewatch", "history", "--json", "--limit=0").stdout == history
+    assert not re.search("^bad ", started.inside("imagewatch", "check").stdout, re.MULTILINE)
+    assert started.inside("ls", "/var/lib/imagewatch").stdout == "state\n"
+    assert sandbox.report()["charged"] == 1
+
+
 # Users and mounts
 
 
@@ -284,6 +301,8 @@ def test_a_group_can_read_and_remove_what_the_daemon_creates(place: Place) -> No
     until((place.outbox / "cat.receipt.toml").exists, 60)
     for path in place.outbox.iterdir():
         assert (path.stat().st_gid, path.stat().st_mode & 0o777) == (2000, 0o660)
+    checked = place.podman.run("exec", "imagewatch-group", "imagewatch", "check", check=False).stdout
+    assert not re.search(r"^(bad|warn) +(?!key|balance)", checked, re.MULTILINE), checked
 
 
 @pytest.mark.skipif(shutil.which("bindfs") is None, reason="needs bindfs")

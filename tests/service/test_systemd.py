@@ -685,6 +685,15 @@ def test_several_inboxes_do_not_see_each_other(started, cats, endpoint):
         assert seen == [name, name, f"{own.unit}.service"]
 
 
+def test_the_steps_for_a_second_inbox_can_be_repeated(cats, endpoint):
+    machine = cats.container
+    paths = [machine.path(f"/etc/{name}") for name in ("imagewatch/cats.toml", "tmpfiles.d/imagewatch-cats.conf")]
+    before = [path.read_text() for path in paths]
+    assert 'state = "/var/lib/imagewatch-cats"\n' in before[0]
+    machine.run("bash", "-uc", BLOCKS["several"], text=f"{KEY}\n")  # without -e, as in a terminal
+    assert [path.read_text() for path in paths] == before
+
+
 def test_each_of_several_inboxes_has_a_gallery_of_its_own(started, cats, endpoint, gallery):
     cats.systemctl("start")
     follow(cats.container, "gallery_several")
@@ -1083,6 +1092,46 @@ def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint)
     assert started.receipt("after")["charged"] == "yes"
 
 
+def test_a_backup_is_restored_on_a_machine_without_a_state_folder(started, endpoint):
+    """A new machine: nothing of the old one is there but what was copied."""
+    if shutil.which("rsync") is None:
+        pytest.skip("needs rsync")
+    machine, state = started.container, "/var/lib/imagewatch"
+    machine.run("sh", "-c", "rm -rf /mnt/backup /root/inbox-of-the-backup; mkdir -p /mnt/backup")
+    started.prompt("paid", "[sandbox: b64] Paid on the old machine")
+    started.receipt("paid")
+    until(lambda: started.events("completed"))
+    history = machine.run("imagewatch", "history", "--json", "--limit=0").stdout
+    follow(machine, "backup")
+    started.systemctl("stop")
+    started.prompt("unsent", "[sandbox: b64] In the inbox of the backup")
+    follow(machine, "copy_folders")
+    machine.run("rm", "-rf", state, "/etc/imagewatch", "/var/backups/imagewatch", f"{started.root}/outbox")
+    machine.run("sh", "-c", f"rm -f {started.root}/inbox/*.prompt.txt")
+    follow(machine, "copy_folders_back")
+    follow(machine, "restore")
+    assert started.path("outbox/paid.receipt.toml").exists()
+    assert machine.path("/root/inbox-of-the-backup/unsent.prompt.txt").exists()
+    assert not started.path("inbox/unsent.prompt.txt").exists()
+    assert machine.run("stat", "--format=%U:%G %a", state).stdout == "imagewatch:imagewatch 700\n"
+    assert machine.run("imagewatch", "history", "--json", "--limit=0").stdout == history
+    until(lambda: machine.run("imagewatch", "status", check=False).returncode == 69)
+    machine.run("imagewatch", "release", "--accept-new-ledger")
+    started.prompt("after", "[sandbox: b64] After the move")
+    assert started.receipt("after")["charged"] == "yes"
+
+
+def test_a_restore_that_fails_leaves_the_ledger_and_does_not_start_the_daemon(service, endpoint):
+    service.systemctl("start")  # so that there is a ledger
+    service.systemctl("stop")
+    machine, ledger = service.container, service.container.path("/var/lib/imagewatch/ledger.sqlite3")
+    before = ledger.read_bytes()
+    machine.run("sh", "-c", "rm -f /var/backups/imagewatch/ledger-*.sqlite3")
+    assert machine.run("bash", "-uc", BLOCKS["restore"], check=False).returncode != 0  # without -e, as in a terminal
+    assert ledger.read_bytes() == before
+    assert machine.show(service.unit, "ActiveState") == "inactive"
+
+
 def test_an_upgrade_continues_with_the_prompts_that_are_there(service, endpoint):
     service.prompt("early", "[sandbox: b64] Dropped while it was down")
     follow(service.container, "copy_state")
@@ -1092,7 +1141,7 @@ def test_an_upgrade_continues_with_the_prompts_that_are_there(service, endpoint)
     follow(service.container, "upgrade")
     assert service.receipt("early")["charged"] == "yes"
     result = follow(service.container, "after_upgrade")
-    assert result.startswith(f"imagewatch {__version__}\n")
+    assert result.startswith(f"active\nimagewatch {__version__}\n")
     assert "is running" in result
     assert not re.search("^bad ", result, re.MULTILINE)
 
