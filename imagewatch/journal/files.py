@@ -74,6 +74,11 @@ def recorded(connection: sqlite3.Connection) -> int:
     return int(found[0]) if found else 0
 
 
+def is_unnoted(connection: sqlite3.Connection) -> bool:
+    """Return whether the id of a ledger could not be noted beside it yet, though it is the daemon's."""
+    return connection.execute("SELECT 1 FROM meta WHERE name = 'unnoted'").fetchone() is not None
+
+
 def newest_saved(path: str) -> str:
     """Return where a ledger was saved last that was deleted or replaced while open, or an empty string."""
     beside = sorted(pathlib.Path(path).parent.glob(f"{FILE}{SAVED}-*[0-9]"), key=lambda one: one.stat().st_mtime)

@@ -11,6 +11,7 @@ import stat
 from imagewatch.journal.files import (
     MARK,
     foreign,
+    is_unnoted,
     missing,
     newer,
     older,
@@ -48,19 +49,20 @@ def ledger_problem(state: str) -> SpoolError | None:
             if version > VERSION:
                 return newer(path, version)
             require_sound(connection)
-            found, count = _id(connection)
+            is_noted, found, count = _id(connection)
     except sqlite3.Error as error:
         return translated(path, error)
-    return _replaced(path, found, count, *read_mark(mark))
+    return _replaced(path, read_mark(mark), found, count, is_noted=is_noted)
 
 
-def _replaced(path: str, found: str, count: int, known: str, least: int) -> SpoolError | None:
+def _replaced(path: str, mark: tuple[str, int], found: str, count: int, *, is_noted: bool) -> SpoolError | None:
     """Return an error if a ledger, by its id and how much it has recorded, is not the one that was there before."""
+    known, least = mark
     if known and found != known:
         return foreign(path)
     if count < least:
         return older(path)
-    return unknown(path) if found and count and not known else None
+    return unknown(path) if is_noted and count and not known else None
 
 
 def _not_writable(state: str, path: str) -> SpoolError | None:
@@ -83,8 +85,10 @@ def _not_writable(state: str, path: str) -> SpoolError | None:
     return None
 
 
-def _id(connection: sqlite3.Connection) -> tuple[str, int]:
+def _id(connection: sqlite3.Connection) -> tuple[bool, str, int]:
+    """Return whether a ledger has an id that was noted beside it, the id, and how much was recorded."""
     with contextlib.suppress(sqlite3.OperationalError):  # of an older version
         found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
-        return str(found[0]) if found else "", recorded(connection)
-    return "", 0
+        is_noted = found is not None and not is_unnoted(connection)
+        return is_noted, str(found[0]) if found else "", recorded(connection)
+    return False, "", 0

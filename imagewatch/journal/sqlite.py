@@ -27,6 +27,7 @@ from imagewatch.journal.files import (
     foreign,
     incomplete,
     is_damage,
+    is_unnoted,
     missing,
     older,
     read_mark,
@@ -54,6 +55,9 @@ _BUSY_SECONDS = 0.05
 """How long SQLite waits for another program."""
 _TRIES, _PAUSE_SECONDS = 10, 0.05
 """How often a row is tried to be written again while another program writes, and the pause before."""
+_NAME = "INSERT INTO meta VALUES ('id', ?), ('unnoted', 1)"
+_UNNOTE = "INSERT OR REPLACE INTO meta VALUES ('unnoted', 1)"
+"""It stays until the id is noted beside the ledger: one that was put here has an id without it."""
 _NEWEST = "SELECT job, attempt, outcome FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
 _ENDED = "SELECT count(*) FROM attempts WHERE outcome <> 'sent'"
 
@@ -320,14 +324,17 @@ class SqliteDatabase:
             raise foreign(self.path)
         if (count := recorded(connection)) < least:
             raise older(self.path)
-        if own and count and not known and not is_accepted:
-            raise unknown(self.path)
         if own is None:
-            connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(16),))
+            connection.execute(_NAME, (secrets.token_hex(16),))
+        elif is_accepted:
+            connection.execute(_UNNOTE)
+        elif count and not known and not is_unnoted(connection):
+            raise unknown(self.path)
         if known:
             self._note(connection)
         else:
             _write(self._mark, f"{_id_of(connection)} {count:020d}")
+            connection.execute("DELETE FROM meta WHERE name = 'unnoted'")
 
     def _note(self, connection: sqlite3.Connection | None) -> None:
         """Write down how much is recorded, so that an older copy is known again; on a full disk it is not needed."""

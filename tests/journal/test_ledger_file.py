@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pathlib
 import sqlite3
 import subprocess
@@ -13,8 +15,10 @@ import msgspec
 import pytest
 
 from imagewatch.config.schema import FolderBudget, Limits
+from imagewatch.journal import sqlite as sqlite_module
 from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.files import was_there
+from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
 from imagewatch.journal.schema import TRIGGERS, VERSION
@@ -65,6 +69,35 @@ def journal(path: str) -> Iterator[Journal]:
 def make(tmp_path: Path) -> Iterator[Callable[..., Journal]]:
     with contextlib.closing(Maker(sqlite(tmp_path), Clock())) as made:
         yield made
+
+
+@pytest.mark.parametrize("case", ["of an earlier version", "accepted"])
+def test_a_ledger_whose_note_could_not_be_written_is_still_the_one_of_the_daemon(
+    path: str, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    with contextlib.closing(opened(path)) as journal:
+        journal.record(row())
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        value = "'" + 32 * "0" + "'" if case == "accepted" else "NULL"
+        database.execute("DELETE FROM meta WHERE name = 'id'")
+        database.execute(f"INSERT INTO meta SELECT 'id', {value} WHERE {value} IS NOT NULL")
+
+    def full(path: str, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = SqliteDatabase(path, guarded=True)
+    with contextlib.closing(file):
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite_module, "_write", full)
+            with pytest.raises(SpoolError, match="No space left"):
+                file.accept() if case == "accepted" else file.prove()
+        assert ledger_problem(os.path.dirname(path)) is None
+        file.prove()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        copy = f"{os.path.dirname(path)}/copy"
+        os.mkdir(copy)
+        database.execute("VACUUM INTO ?", (f"{copy}/ledger.sqlite3",))
+    assert "was put here" in str(ledger_problem(copy)), "a copy is no ledger of a daemon"
 
 
 def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(journal: Journal) -> None:
