@@ -31,19 +31,20 @@ def as_messages(mailbox: Mailbox, on_stop: Callable[[], None]) -> Iterator[None]
         mailbox: Where the messages go.
         on_stop: Called in the signal handler itself before the daemon is asked to stop.
     """
-    stops: dict[int, float] = {}
+    first: list[float] = []
 
     def handle(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGHUP:
-            now = time.monotonic()
-            if number in stops or any(now >= at + _TOGETHER_SECONDS for at in stops.values()):
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            stops[number] = now
-            if len(stops) > 1:
-                return
+        if number == signal.SIGHUP:
+            mailbox.put(Signalled(number))
+            return
+        now, is_first = time.monotonic(), not first
+        first.append(now)
+        signal.signal(number, signal.SIG_DFL)  # the next of its kind kills, also while this thread waits in the kernel
+        if is_first:
             on_stop()
-        mailbox.put(Signalled(number))
+            mailbox.put(Signalled(number))
+        elif now >= first[0] + _TOGETHER_SECONDS:
+            signal.raise_signal(number)
 
     before: dict[int, object] = {}
     with contextlib.ExitStack() as stack:
