@@ -239,6 +239,12 @@ class Delivery:
             if left := self._originals.present(claim):
                 self._carry_all(claim, self.free_originals(claim, destination, left), folder, decision.mtime_ns)
 
+    def open_folder(self, claim: Claim) -> None:
+        """Make the claim folder of a reopened job."""
+        self._folders.ensure_claims()
+        self._disk.make_folder(self._folders.claim_folder(claim.job))
+        self._disk.sync_folder(self._folders.claims)
+
     def reclaim(self, claim: Claim, record: Record) -> None:
         """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file.
 
@@ -247,9 +253,6 @@ class Delivery:
         assert record.row is not None
         decision = record.row.withdrawn
         assert decision is not None
-        self._folders.ensure_claims()
-        self._disk.make_folder(self._folders.claim_folder(claim.job))
-        self._disk.sync_folder(self._folders.claims)
         if self._has_result_file(claim, decision):
             self._withdraw(claim, decision)
         record.reclaimed()

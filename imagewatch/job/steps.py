@@ -146,6 +146,9 @@ class Steps:
     # Delivering and forgetting
 
     def _reclaim(self, job: RunningJob) -> None:
+        self._spool.delivery.open_folder(job.claim)
+        if answered := job.record.attempts()[1]:  # a prompt without it there counts as not sent if rows are lost
+            self.common.share(job.record, answered)
         self._spool.delivery.reclaim(job.claim, job.record)
 
     def _archive(self, job: RunningJob) -> None:

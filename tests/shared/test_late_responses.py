@@ -92,6 +92,23 @@ def test_a_response_stays_in_the_claim_folder_until_the_unknown_charge_is_withdr
     assert two.finish(job).destination == "outbox"
 
 
+def test_a_prompt_is_back_in_the_claim_folder_only_beside_its_late_response(peers: Peers) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    killed_before_it_shares(one)
+    job = declared_unknown(peers, two)
+
+    def come_back() -> None:
+        for _ in range(4):
+            one.process(job)
+
+    one.killed(come_back, "rename|/.imagewatch/|cat.prompt.txt")
+    assert len(list(one.inbox.glob(".imagewatch/*/answer.1"))) == 1
+    for path in one.answers():
+        path.unlink()
+    peers.let_take_over(two)
+    assert two.finish(job).destination == "outbox"
+
+
 def test_a_daemon_that_gets_its_job_back_as_an_unknown_charge_reports_that_it_has_not_sent_it(
     peers: Peers, sandbox: Sandbox
 ) -> None:
