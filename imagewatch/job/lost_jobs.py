@@ -16,6 +16,7 @@ a claim folder of an inbox of its own              it may have been sent: an unk
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from imagewatch.endpoint.api import classify
 from imagewatch.inbox.claimed import JOB
 from imagewatch.job.handover import NOT_KNOWN, is_ours, job_and_epoch, response_number
 from imagewatch.job.record import attempt_of
@@ -30,8 +32,10 @@ from imagewatch.job.result_files import result_files
 from imagewatch.job.rows import restored_row
 from imagewatch.journal.lost_rows import Known, Lost, LostRows
 from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.reasons import Reaction
 from imagewatch.protocol.values import Claim
 from imagewatch.system.disk_errors import disk_errors
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from imagewatch.journal.row import JobState, Row
 
 _UNFINISHED = {"", "open", "returning", "reopened"}
+_ENDS = {Reaction.SUCCESS, Reaction.REFUSED, Reaction.UNKNOWN}
+"""What a response says after which its prompt is not sent again automatically."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,26 +139,26 @@ class LostJobs:
     # With a receipt or an error file
 
     def _finished(self, known: Known, result: ResultFile, seen: _Seen) -> Found | None:
-        claim, row = self._claim(result.claim), result.row
-        rows, changed = [], None
+        claim, row, late = self._claim(result.claim), result.row, self._late(result.claim.job, seen)
+        rows, changed, moved = [], None, 0
         if known.result == "unknown" and row.outcome == "completed":
             number = max(number for number, outcome in known.outcomes.items() if outcome == "unknown")
             changed = replace(row, attempt=number)
         elif not known.result and known.open_attempt:
             changed = replace(row, attempt=known.open_attempt)
         elif not known.result:
-            number = max(known.highest + 1, row.attempt) if row.attempt or known.highest else 0
-            if row.outcome == "unknown":  # its number in the file lacks those that were not sent
-                number = max(number, *seen.responses, *self._handed_over(claim.job), 0)
-            rows.append((self._completed(claim, row, number), ""))
-        state = self._state(claim, result, known, seen)
-        if not rows and changed is None and state is None:
+            rows.append((self._completed(claim, row, self._number(known, row, seen, late)), ""))
+        elif self._common.is_on and known.result == row.outcome == "unknown" and late > known.highest:
+            moved = late  # its number was not known where its row was written again
+        state = self._state(claim, result, known, seen, late)
+        if not rows and changed is None and state is None and not moved:
             return None
         charge = f"{row.credits:g} credits" if row.credits is not None else f"charged: {row.charged}"
         lost = Lost(
             claim=claim,
             rows=rows,
             result=changed,
+            moved=moved,
             has_row=state is not None,
             state=state or "done",
             decision=result.decision if self._needs_decision(row, state) else None,
@@ -160,6 +166,26 @@ class LostJobs:
         )
         done = "its response is read again" if state == "reopened" else "its row is written"
         return Found(job=claim.job, source=claim.source, what=f"{row.outcome}, {charge}: {done}", lost=lost)
+
+    def _late(self, job: str, seen: _Seen) -> int:
+        """Return the number of the newest response at hand; 0: there is none, or it lets the prompt be sent again."""
+        newest = max((*seen.responses, *self._handed_over(job)), default=0)
+        if newest < max((one.attempt for one in self._witnesses(job)), default=0):
+            return 0  # there was another request after it
+        if newest in seen.responses:
+            with contextlib.suppress(OSError, SpoolError, ValueError):  # only the beginning of one may be there
+                answer = self._spool.record(job).answer(newest)
+                return newest if classify(answer.head, answer.sample).reaction in _ENDS else 0
+        return newest
+
+    def _number(self, known: Known, row: Row, seen: _Seen, late: int) -> int:
+        """Return which attempt a result is of that the database does not have."""
+        number = max(known.highest + 1, row.attempt) if row.attempt or known.highest else 0
+        if row.outcome == "unknown":  # its number in the file lacks those that were not sent
+            newest = max((*seen.responses, *self._handed_over(row.job)), default=0)
+            sent = (one.attempt for one in self._witnesses(row.job))
+            number = max(number, newest if late or not newest else newest + 1, *sent)
+        return number
 
     def _needs_decision(self, row: Row, state: JobState | None) -> bool:
         """Return whether the row of a finished job has how it ended: its response may still come from another host."""
@@ -172,7 +198,7 @@ class LostJobs:
         contents = msgspec.json.encode(sent.contents).decode() if sent.contents else ""
         return replace(row, attempt=number, source_size=claim.size, source_mtime_ns=claim.mtime_ns, contents=contents)
 
-    def _state(self, claim: Claim, result: ResultFile, known: Known, seen: _Seen) -> JobState | None:
+    def _state(self, claim: Claim, result: ResultFile, known: Known, seen: _Seen, late: int) -> JobState | None:
         """Return which state the row of a finished job gets; None: it needs none, or has the right one."""
         if known.state not in _UNFINISHED or not known.is_ours:
             return None
@@ -180,7 +206,7 @@ class LostJobs:
         if is_failed and known.state == "reopened":
             return None  # a daemon reads its response again
         has_originals = seen.epoch >= 0 and bool(self._originals(claim.job))
-        if is_failed and (seen.responses or self._handed_over(claim.job)):
+        if is_failed and late:
             if charged == "unknown":
                 return "reopened"
             if charged == "yes" and not has_originals:
@@ -204,8 +230,9 @@ class LostJobs:
             return None
         if not (known.state or known.outcomes or proven or not self._common.is_on):
             return self._returned(claim)
-        if not self._common.is_on and not known.outcomes:
-            proven |= {1} if self._spool.orphans(job) else set()
+        is_open = known.state in {"", "open"} and not known.open_attempt and not known.result
+        if not self._common.is_on and is_open:  # nothing else shows whether another request was sent
+            proven |= {max(known.highest, *proven, 0) + 1} if self._spool.orphans(job) else set()
         rows = self._attempts(claim, known, witnesses, proven)
         if known.state and not rows and known.epoch >= seen.epoch:
             return None

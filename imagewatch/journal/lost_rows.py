@@ -47,6 +47,7 @@ _RESULT = (
     "code = ?, message = ?, answered_at = ?, transaction_id = ?, new_credit_balance = ?, reserved = 0, request = '' "
     "WHERE job = ? AND attempt = ? AND outcome IN ('sent', 'unknown')"
 )
+_MOVE = "UPDATE attempts SET attempt = ? WHERE job = ? AND outcome = 'unknown'"
 _JOB = (
     "INSERT INTO jobs (id, folder, stem, claim, state, decision, opened_at, ended_at, holder, epoch, lease_ends_at) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (id) DO NOTHING"
@@ -116,6 +117,7 @@ class Lost:
         claim: Its prompt.
         rows: Attempts to be inserted, with the daemon of each; empty: this one.
         result: The result of an attempt that is there.
+        moved: Number of the attempt of the unknown charge, if that in the database is wrong; else 0.
         state: State of its row.
         decision: How it ends.
         epoch: Of its claim folder.
@@ -125,6 +127,7 @@ class Lost:
     claim: Claim
     rows: Sequence[tuple[Row, str]] = ()
     result: Row | None = None
+    moved: int = 0
     state: JobState = "open"
     decision: Decision | None = None
     epoch: int = 0
@@ -197,6 +200,8 @@ class LostRows:
             found = (one.outcome, one.charged, one.credits, one.provider, one.model, one.got, one.status, one.code)
             found += (one.message, one.answered_at, one.transaction_id, one.new_credit_balance)  # type: ignore[assignment]
             connection.execute(_RESULT, storable((*found, one.job, one.attempt)))
+        if lost.moved:
+            connection.execute(_MOVE, (lost.moved, lost.claim.job))
         return self._write_job(connection, lost) if lost.has_row else ""
 
     def _write_job(self, connection: Connection, lost: Lost) -> str:

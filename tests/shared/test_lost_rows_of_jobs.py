@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from support.losing import PowerCut
 from support.peers import Peers
 
 from imagewatch.job.lost_jobs import LostJobs
 from imagewatch.job.outcome import End
+from imagewatch.system.errors import ChargeUnknown, Withdrawn
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -208,3 +211,99 @@ def test_it_is_published_if_the_database_has_lost_the_job(
     recover(late[number])  # type: ignore[arg-type]
     recover(late[1 - number])  # type: ignore[arg-type]
     is_published(peers, late, first)
+
+
+# A charge that is not known, with free attempts before it
+
+
+@pytest.fixture
+def own(tmp_path: Path, sandbox: Sandbox, postgres: Server, database: str) -> Iterator[Peers]:
+    """Daemons with inboxes of their own."""
+    made = Peers(tmp_path, sandbox.base_url, postgres, database, inbox="")
+    yield made
+    made.close()
+
+
+def without_response(peer: Peer, error: BaseException) -> None:
+    """Let the next requests of a daemon be sent, and end so before anything of a response arrives."""
+
+    def send(
+        _job: str, _body: object, on_send: Callable[[], contextlib.AbstractContextManager[object]], _: object
+    ) -> None:
+        with on_send():
+            raise error
+
+    peer.client.send = send  # type: ignore[method-assign, assignment]
+
+
+def withdrawn(peer: Peer, job: str) -> None:
+    """Let a daemon record an attempt, and send nothing of it."""
+    send = peer.client.send
+
+    def withdraw(_job: str, _body: object, on_send: Callable[[], object], _: object) -> None:
+        on_send()
+        raise Withdrawn("the daemon is ending")
+
+    peer.client.send = withdraw  # type: ignore[method-assign, assignment]
+    assert peer.process(job).end is End.DEFERRED
+    peer.client.send = send  # type: ignore[method-assign]
+
+
+def test_a_request_after_a_free_one_whose_row_is_lost_is_an_unknown_charge(own: Peers, sandbox: Sandbox) -> None:
+    one = own.add("one")
+    one.prompt("cat", "a cat [sandbox: once 429-plain]")
+    (claim,) = one.found()
+    assert one.worker.start(claim).end is End.DEFERRED
+    without_response(one, PowerCut())
+    with pytest.raises(PowerCut):
+        one.process(claim.job)
+    own.lose("DELETE FROM imagewatch.attempts WHERE attempt = 2")
+    recover(one)
+    assert one.process(claim.job).charged == "unknown"
+    assert own.outcomes() == ["busy", "unknown"]
+    assert sandbox.report()["requests"] == 1, "the other one did not reach the sandbox, and is not sent again"
+
+
+def test_an_unknown_charge_whose_row_is_lost_is_not_ended_by_an_earlier_free_response(
+    own: Peers, sandbox: Sandbox
+) -> None:
+    one = own.add("one")
+    one.prompt("cat", "a cat [sandbox: 429-plain]")
+    (claim,) = one.found()
+    assert one.worker.start(claim).end is End.DEFERRED
+    withdrawn(one, claim.job)
+    assert one.process(claim.job).end is End.DEFERRED
+    without_response(one, ChargeUnknown("no response came"))
+    one.killed(lambda: one.process(claim.job), "remove_folder")
+    own.lose(*EVERYTHING)
+    recover(one)
+    one.finish(claim.job)
+    assert one.finished() == {"cat": "errors"}
+    assert (own.outcomes(), one.names("inbox")) == (["unknown"], [])
+    assert sandbox.report()["requests"] == 2
+
+
+def test_a_late_response_is_published_though_its_number_was_not_known_where_its_row_was_written_again(
+    peers: Peers, sandbox: Sandbox
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+    one.killed(one.start, "/.imagewatch/|answer.1")
+    # As if an attempt before it had been recorded and not sent: an error file does not count that one.
+    peers.rows("UPDATE imagewatch.attempts SET attempt = 2")
+    for path in one.answers():
+        path.rename(path.with_name(path.name.replace("answer.1", "answer.2")))
+    for path in one.inbox.glob(".imagewatch/*/sent.1"):
+        path.unlink()
+    two.later = LATE
+    job = peers.let_take_over(two)
+    assert two.finish(job).charged == "unknown"
+    two.later = 0.0
+    peers.lose(*EVERYTHING)
+    recover(two)  # this host does not have the response
+    assert peers.rows("SELECT attempt, outcome FROM imagewatch.attempts") == [(1, "unknown")]
+    recover(one)
+    assert one.finish(job).destination == "outbox"
+    assert peers.rows("SELECT attempt, outcome FROM imagewatch.attempts") == [(2, "completed")]
+    assert (one.finished(), one.answers()) == ({"cat": "outbox"}, [])
+    assert sandbox.report()["requests"] == 1
