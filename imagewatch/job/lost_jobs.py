@@ -230,9 +230,8 @@ class LostJobs:
             return None
         if not (known.state or known.outcomes or proven or not self._common.is_on):
             return self._returned(claim)
-        is_open = known.state in {"", "open"} and not known.open_attempt and not known.result
-        if not self._common.is_on and is_open:  # nothing else shows whether another request was sent
-            proven |= {max(known.highest, *proven, 0) + 1} if self._spool.orphans(job) else set()
+        if not self._common.is_on and self._may_be_sent(job, known, seen):
+            proven |= {max(known.highest, *proven, 0) + 1}
         rows = self._attempts(claim, known, witnesses, proven)
         if known.state and not rows and known.epoch >= seen.epoch:
             return None
@@ -241,6 +240,11 @@ class LostJobs:
             what = "claimed: the job is continued"
         lost = Lost(claim=claim, rows=rows, epoch=max(seen.epoch, 0))
         return Found(job=job, source=claim.source, what=what, lost=lost)
+
+    def _may_be_sent(self, job: str, known: Known, seen: _Seen) -> bool:
+        """Return whether another request than those that are known may have been sent: its inbox has no witnesses."""
+        is_open = known.state in {"", "open"} and not known.open_attempt and not known.result
+        return is_open and self._late(job, seen) <= known.highest and bool(self._spool.orphans(job))
 
     def _only_response(self, job: str, known: Known, seen: _Seen) -> Found | None:
         if known.state or known.result:
