@@ -253,8 +253,10 @@ class Delivery:
         assert record.row is not None
         decision = record.row.withdrawn
         assert decision is not None
-        if self._has_result_file(claim, decision):
-            self._withdraw(claim, decision)
+        folder = self.destination_folder(decision.destination, claim)
+        with self._folders.reached(folder):  # in a folder that was exchanged, nothing shows that the file is gone
+            if self._has_result_file(claim, decision):
+                self._withdraw(claim, decision, folder)
         record.reclaimed()
 
     def _has_result_file(self, claim: Claim, decision: Decision) -> bool:
@@ -265,21 +267,18 @@ class Delivery:
         found = result_file(self._folders, path, decision.destination)
         return found is not None and found.claim.job == claim.job
 
-    def _withdraw(self, claim: Claim, decision: Decision) -> None:
-        folder = self.destination_folder(decision.destination, claim)
-        with self._folders.reached(folder):
-            for number, move in enumerate(decision.moves):
-                path, target = os.path.join(folder, move.name), self._source(claim, move)
-                if move.source.startswith("claim/"):
-                    self._disk.carry(
-                        path, target, self._temporary(self._folders.claim_folder(claim.job), claim, str(number))
-                    )
-                else:
-                    self._disk.unlink(path)
-            self._disk.sync_folder(self._folders.claim_folder(claim.job))
-            self._disk.unlink(os.path.join(folder, decision.name))
-            if self._folders.tops.is_folder(folder):
-                self._disk.sync_folder(folder)
+    def _withdraw(self, claim: Claim, decision: Decision, folder: str) -> None:
+        claimed = self._folders.claim_folder(claim.job)
+        for number, move in enumerate(decision.moves):
+            path, target = os.path.join(folder, move.name), self._source(claim, move)
+            if move.source.startswith("claim/"):
+                self._disk.carry(path, target, self._temporary(claimed, claim, str(number)))
+            else:
+                self._disk.unlink(path)
+        self._disk.sync_folder(claimed)
+        self._disk.unlink(os.path.join(folder, decision.name))
+        if self._folders.tops.is_folder(folder):
+            self._disk.sync_folder(folder)
 
     def source_exists(self, claim: Claim, move: Move) -> bool:
         """Return whether a file is still to be moved."""

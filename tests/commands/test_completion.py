@@ -79,8 +79,8 @@ def test_the_shell_completes_options_and_their_values(complete):
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", sorted(COMPLETE))
 def test_the_documented_lines_for_shells_work(shell):
-    line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"
-    assert line in page("howto/submit")
+    line = f"imagewatch completion {shell}"
+    assert line in page("howto/install")
     if shell == "bash" and shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     done = subprocess.run(["sh", "-c", line], env=ENVIRON, capture_output=True, text=True, timeout=40, check=False)

@@ -109,6 +109,7 @@ def test_what_has_ended_is_reported_and_a_status_that_was_removed_ends_nothing(f
 
 def test_a_status_that_is_not_written_again_after_a_drop_shows_that_no_daemon_runs(folders: Folders) -> None:
     now, lines = [1_800_000_000.0], list[str]()
+    folders.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "30"
     write(folders, written_at=notice.at(now[0]), next_writing_at=notice.at(now[0] + 3600))
     report = QueueReport(folders.config(), "", None, lambda: now[0], lines.append)
     report.report(1)

@@ -168,6 +168,7 @@ def test_nothing_is_written_under_a_file_system_that_was_unmounted(
 
 def test_an_empty_mount_point_is_not_an_empty_inbox(tight: Folders, sandbox: Sandbox, mount: Any, start: Any) -> None:
     mount(tight.inbox)
+    tight.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "5"
     daemon = start(tight, "run")
     until((tight.state / "status.json").exists)
     subprocess.run(["umount", "--lazy", str(tight.inbox)], check=True)

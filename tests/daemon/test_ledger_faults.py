@@ -402,6 +402,7 @@ def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
 ) -> None:
     damage(ledger(used), "attempts")
     size = ledger(used).stat().st_size
+    used.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "5"  # what the damaged ledger had claimed is found by a scan
     daemon = run(used)
     drop(used)
     waits(used, daemon, sandbox, "it is damaged")

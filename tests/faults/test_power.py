@@ -739,10 +739,10 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
         "an image is missing",
     ),
     "what a request cost nothing is known by is kept until that is durable": (
-        "broken while sending",
+        "no credits, as another has shown",
         _unsynced("finish"),
         1,
-        "not in|cannot be read",
+        "its response was saved",
     ),
     "our own folders are synced": (
         "the daemon makes the outbox",
