@@ -340,7 +340,7 @@ def test_a_recovery_may_be_interrupted_again(plain: dict[Point, str], try_all, t
     for k in range(8 if ALL else 1):
         death = Fault(deaths[len(deaths) * (2 * k + 1) // (16 if ALL else 2)], KILL)
         found = points(tmp_path / f"count-{k}", PLAIN, death)
-        recovery = [point for point in to_fail(found) if point.number <= 20]  # later calls are ordinary jobs
+        recovery = [point for point in to_fail(found) if point.number <= 10]  # later calls are ordinary jobs
         chosen = recovery[k::8] if ALL else few(recovery)[::4]
         faults += [(death, Fault(point, (KILL, FULL, BROKEN)[n % 3])) for n, point in enumerate(chosen)]
     try_all(PLAIN, faults)
