@@ -254,7 +254,7 @@ class Delivery:
         decision = record.row.withdrawn
         assert decision is not None
         folder = self.destination_folder(decision.destination, claim)
-        with self._folders.reached(folder):  # in a folder that was exchanged, nothing shows that the file is gone
+        with self._folders.reached(folder):  # in a folder that was exchanged, nothing shows that the file was removed
             if self._has_result_file(claim, decision):
                 self._withdraw(claim, decision, folder)
         record.reclaimed()

@@ -426,7 +426,7 @@ class Steps:
 
 
 def _for_daemon(problems: list[Problem]) -> list[Problem]:
-    """Return problems with a hint for what a command, which reads the configuration anew, would not find."""
+    """Return problems with a hint for what a command, which reads the configuration itself, would not find."""
     return [
         replaced(one, hint=f"{one.hint}; {_RELOAD}") if one.reason.startswith(NO_PRESET) else one for one in problems
     ]

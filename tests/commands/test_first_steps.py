@@ -219,7 +219,7 @@ def test_a_preset_that_does_not_exist_is_reported_with_those_that_do(tmp_path: P
     assert problem == f'preset: there is no preset "x" (known presets: banner, poster; {reload})'
 
 
-def test_a_command_that_reads_the_presets_anew_does_not_recommend_a_reload(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_a_command_that_reads_the_presets_itself_does_not_recommend_a_reload(tmp_path: Path, sandbox: Sandbox) -> None:
     folders = Folders(tmp_path, sandbox.base_url, presets__poster__size="1024x1536")
     done = command(folders, "submit", "--preset", "poter", "A cat")
     assert done.returncode == 64
