@@ -23,6 +23,8 @@ _FRAMING_SHARE: Final = 16
 _SMALL_BYTES: Final = 512
 _MOST_SMALL: Final = 1000
 _PAUSE: Final = 0.002
+_MOST_LATE_BYTES: Final = 16 * 1024 * 1024
+"""What has arrived at the deadline and was not read yet: no more than the system keeps for a connection."""
 _NEVER: Final = threading.Event()
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
@@ -58,7 +60,7 @@ class Call:
         self.first_write: AbstractContextManager[object] | None = None
         self._is_connected = False
         self._is_head = True
-        self._received = 0
+        self._received = self._late = 0
         self._small = 0
 
     def __enter__(self) -> Self:
@@ -84,6 +86,18 @@ class Call:
             raise TimeoutError(self._why)
         return rest if most is None else min(most, rest)
 
+    def left_to_read(self, most: float | None = None) -> float:
+        """Return how long the next read may take, seconds; 0: only what has arrived is read.
+
+        A response that was paid for may have arrived while the daemon was stopped, until after its deadline.
+
+        Raises:
+            TimeoutError: The time is over, and what had arrived by then was read.
+        """
+        if time.monotonic() >= self.at and self._late < _MOST_LATE_BYTES:
+            return 0.0
+        return self.left(most)
+
     # Called by the connection
 
     def connected(self) -> None:
@@ -108,6 +122,7 @@ class Call:
             OverrunError: The head of the response is too long.
         """
         self._received += size
+        self._late += size if time.monotonic() >= self.at else 0
         self._small = self._small + 1 if size < _SMALL_BYTES else 0
         if self._is_head and self._received > _MOST_HEAD_BYTES:
             raise OverrunError("the headers of the response are too long")

@@ -31,7 +31,7 @@ from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, JobError, KeyRefused, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from imagewatch.config.key import Key
@@ -121,7 +121,7 @@ class Client:
         with Call(self._endpoint.deadline_seconds) as call:
             attempt, sink.until = _Attempt(call, on_send, body.length), call.at
             try:
-                with self._clients.post(self._url, headers, iter(body), attempt.trace) as response:
+                with self._clients.post(self._url, headers, attempt.pieces(body), attempt.trace) as response:
                     self._save(response, sink, call, key.secret)
             except ERRORS as error:
                 raise self._translated(error, attempt, call, key.secret) from None
@@ -199,7 +199,8 @@ class Client:
 class _Attempt:
     """Watches one request leave, by the trace extension of httpcore.
 
-    By default it counts as sent: it is incomplete only if its sending was seen to fail.
+    By default it counts as sent: it is incomplete only if its sending was seen to fail before its last byte was passed
+    to the system. It may also fail after that: a time limit may pass between that byte and what the library does next.
 
     Args:
         call: Its call.
@@ -208,7 +209,6 @@ class _Attempt:
 
     Attributes:
         began: Whether its first byte may have left.
-        incomplete: Whether its last byte provably did not.
         is_large: Whether its headers were sent, and its body is large: a network that is down fails earlier.
     """
 
@@ -216,7 +216,19 @@ class _Attempt:
         self._call = call
         self._on_send = on_send
         self.length = length
-        self.began = self.incomplete = self.is_large = False
+        self.began = self.is_large = self._has_failed = False
+        self._passed = 0
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether its last byte provably did not leave."""
+        return self._has_failed and self._passed < self.length
+
+    def pieces(self, body: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield the body, and count what was passed to the system: the next piece is asked for only after that."""
+        for piece in body:
+            yield piece
+            self._passed += len(piece)
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
         self._call.trace(event, info)
@@ -227,4 +239,4 @@ class _Attempt:
         elif self.began and event == "http11.send_request_headers.complete":
             self.is_large = self.length > _SMALL_BYTES
         elif self.began and event in {"http11.send_request_headers.failed", "http11.send_request_body.failed"}:
-            self.incomplete = True
+            self._has_failed = True

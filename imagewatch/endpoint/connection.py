@@ -111,7 +111,7 @@ class Stream(httpcore.NetworkStream):
         """Read what has come, or what comes next."""
         self._call.before_read()
         with _said(httpcore.ReadTimeout, httpcore.ReadError):
-            most, seconds = self._call.next_bytes(max_bytes), self._call.left(timeout)
+            most, seconds = self._call.next_bytes(max_bytes), self._call.left_to_read(timeout)
         content = self._inner.read(most, seconds)
         try:
             self._call.took(len(content))
@@ -121,6 +121,10 @@ class Stream(httpcore.NetworkStream):
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Write all of it."""
+        if (
+            not buffer
+        ):  # the end of a request of known length: there is nothing to write that the deadline could prevent
+            return
         with _said(httpcore.WriteTimeout, httpcore.WriteError):
             seconds = self._call.left(timeout)
         with self._call.sending():

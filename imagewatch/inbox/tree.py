@@ -209,7 +209,7 @@ class Folders:
                 status = os.fstat(descriptor)
                 self._meet(folder, status, descriptor)
             folder.owner = status.st_uid
-            folder.is_missing, is_here = False, folder.place == self.add("").place
+            folder.is_missing, is_here = False, folder.place == self._place_of_inbox()
             is_claims = self._is_claims(status)
             if not is_here or folder.was_claims or is_claims:
                 if not is_claims:
@@ -275,6 +275,14 @@ class Folders:
         if place not in self._places:
             self._places[place] = place, self._is_local(descriptor)
         return self._places[place]
+
+    def _place_of_inbox(self) -> tuple[int, int]:
+        """Return on which device and mount the inbox is; a folder in it may be the first one that is scanned."""
+        inbox = self.add("")
+        if inbox.identity is None:
+            with self._opened("") as descriptor, disk_errors(self._inbox, "check the folder"):
+                self._meet(inbox, os.fstat(descriptor), descriptor)
+        return inbox.place
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:

@@ -98,6 +98,16 @@ def names(count: int, ending: str = "prompt.txt", stem: str = "p") -> list[str]:
 # Scanning
 
 
+def test_a_folder_of_which_a_job_is_over_may_be_scanned_before_the_inbox_was(box):
+    box.write("people/ann", "cat.prompt.txt")
+    box.write("", "dog.prompt.txt")
+    box.intake.scanner.soon(("people/ann", "bird"))
+    box.scan_all()
+    assert box.intake.result.ignored == {}
+    assert box.intake.is_ready("people")
+    assert box.intake.is_ready("")
+
+
 @pytest.mark.parametrize("where", ["mallory", ""])
 @pytest.mark.parametrize("ending", ["prompt.txt.txt", "gif", "prompt.txt"])
 def test_a_prompt_is_found_before_the_scan_of_a_folder_with_very_many_files_ends(box, where, ending):

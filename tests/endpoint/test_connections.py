@@ -32,6 +32,7 @@ from support.station import Station
 
 from imagewatch.config.key import Key
 from imagewatch.config.schema import Endpoint
+from imagewatch.endpoint.body import Body
 from imagewatch.endpoint.client import Client
 from imagewatch.job.outcome import End
 
@@ -336,6 +337,60 @@ def test_the_charge_is_unknown_at_the_deadline_if_a_server_reads_and_never_respo
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
         charge_unknown(station, SMALL, "not finished after 1.5 seconds")
+
+
+@pytest.fixture
+def stopped_after_sending(monkeypatch):
+    """The daemon is stopped right after the last byte of a request, and continues when the deadline has passed."""
+    pieces = Body.__iter__
+
+    def stopping(body):
+        yield from pieces(body)
+        threading.Event().wait(1.6)
+
+    monkeypatch.setattr(Body, "__iter__", stopping)
+
+
+@pytest.mark.usefixtures("stopped_after_sending")
+@pytest.mark.parametrize("originals", [{"x.prompt.txt": "a cat"}, SMALL], ids=["a text", "with an image"])
+def test_the_charge_is_unknown_if_the_deadline_passes_right_after_the_last_byte(tmp_path, originals):
+    def script(exchange):
+        exchange.request()
+        exchange.linger()
+
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
+        charge_unknown(station, originals, "not finished after 1.5 seconds")
+
+
+def test_the_charge_is_unknown_whatever_fails_after_the_last_byte(tmp_path, monkeypatch):
+    pieces = Body.__iter__
+
+    def failing(body):
+        yield from pieces(body)
+        raise OSError("the disk failed")
+
+    monkeypatch.setattr(Body, "__iter__", failing)
+
+    def script(exchange):
+        exchange.request()
+        exchange.linger()
+
+    with served_by(tmp_path, script) as station:
+        charge_unknown(station, SMALL, "no response came: the disk failed")
+
+
+@pytest.mark.usefixtures("stopped_after_sending")
+@pytest.mark.parametrize("image", [IMAGE, heavy(300_000)], ids=["small", "large"])
+def test_a_response_that_had_arrived_when_the_deadline_passed_is_published(tmp_path, image):
+    def script(exchange):
+        exchange.request()
+        exchange.send(response(paid(image)))
+
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
+        drop(station, SMALL)
+        (outcome,) = station.work()
+        assert (outcome.destination, outcome.charged) == ("outbox", "yes")
+        assert (station.outbox / "x.png").read_bytes() == image
 
 
 def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_responds(tmp_path):

@@ -502,6 +502,14 @@ def test_the_folder_of_claimed_files_is_not_reported(scanning):
     assert (seen.ready, seen.ignored) == ([], {})
 
 
+def test_a_folder_may_be_scanned_before_the_inbox_that_it_is_in(scanning):
+    scanning.write("people/ann/cat.prompt.txt")
+    scanning.scan.moment.now, scanning.scan.moment.wall = scanning.now, scanning.wall + 60
+    list(scanning.scan.scan_folder("people/ann"))
+    assert scanning.scan.result().ignored == {}
+    assert scanning.ready(after=60) == ["people/ann/cat.prompt.txt"]
+
+
 def test_links_are_neither_followed_nor_passed_over_in_silence(scanning, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "cat.prompt.txt").write_text("x")

@@ -203,13 +203,18 @@ class Team:
     def leftovers(self) -> list[str]:
         """Return what no job may leave behind when all are over, in the inbox and in the state folders.
 
-        The test file of a daemon that was killed meanwhile is removed an hour later.
+        The test file of a daemon that was killed meanwhile is removed an hour later. A charged response without a
+        readable image is kept for ``imagewatch retry``.
         """
+        open_jobs = self.rows("SELECT id, state, holder FROM jobs WHERE state <> 'done'")
+        kept = [row["id"] for row in open_jobs if row["state"] == "kept"]
         shown = [f"inbox/{name}" for name in self.folders.names("inbox") if "/.iw-probe." not in f"/{name}"]
         for member in self.members.values():
             shown += [f"{member.name}: answers/{path.name}" for path in member.folders.answers()]
+        shown = [name for name in shown if not any(f"/{job}." in name and "answer." in name for job in kept)]
         shown += [
             f"job {row['id']}: {row['state']} of {row['holder'] or 'no daemon'}"
-            for row in self.rows("SELECT id, state, holder FROM jobs WHERE state <> 'done'")
+            for row in open_jobs
+            if row["state"] != "kept"
         ]
         return shown
