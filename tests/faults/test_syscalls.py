@@ -1,4 +1,4 @@
-"""The real command is killed at its system calls, from outside, and started again; or one of them fails.
+"""The real command is killed at its system calls, from outside, and started again; or one of them fails, or lasts long.
 
 strace does that (``tracing.py``), so the choice of points does not depend on our code: they include SQLite's writes
 and the sockets. A point is a system call and its number within its thread, counted from the time at which the
@@ -7,10 +7,12 @@ folders, and the sockets.
 
 The process is killed at every call that changes something, here or at the API. It is killed before the call
 happens, so "before call N" for all N is also "after call N - 1". Calls that only read need no kill: the disk is the
-same at the next call that changes it. Opening for reading is among the calls that fail, however.
+same at the next call that changes it. Opening for reading is among the calls that fail, however. A call that lasts
+long is also a process that was stopped, or got no time, right after it.
 
-``IMAGEWATCH_ALL_SYSCALLS=1 .venv/bin/python -m pytest -n 0 tests/faults/test_syscalls.py`` kills at every point
-and fails every third one, in a quarter of an hour on two cores, and reports how many of each call were hit.
+``IMAGEWATCH_ALL_SYSCALLS=1 .venv/bin/python -m pytest -n 0 tests/faults/test_syscalls.py`` kills at every point,
+fails every third one and delays every second one, in half an hour on two cores, and reports how many of each call were
+hit.
 Without the variable one or none of each call is used.
 """
 
@@ -58,6 +60,8 @@ FAILING = (
 )
 KILLING = (*FAILING, "connect", "sendto", "recvfrom", "flock")
 FULL, BROKEN = "error=ENOSPC", "error=EIO"
+LONG = "delay_exit=2000000"
+"""Longer than the deadline of a request."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,25 @@ class Scene:
         orders: The prompts.
         concurrency: Requests at the same time. With one, every run reaches the same points.
         cap: ``limits.credits_per_day``, 0 without; it is removed before the last start.
+        deadline: ``endpoint.deadline_seconds``; empty: as it is.
     """
 
     orders: dict[str, Order]
     concurrency: int = 1
     cap: int = 0
+    deadline: str = ""
 
     def folders(self, root: Path, sandbox: Sandbox) -> Folders:
         settings = {"limits__concurrency": str(self.concurrency), "log__level": "error"}
         if self.cap:
             settings |= {"limits__credits_per_day": str(self.cap), "limits__assumed_credits": "30"}
+        if self.deadline:
+            settings |= {"endpoint__deadline_seconds": self.deadline, "endpoint__connect_timeout_seconds": "1"}
         return drop(Folders(root, sandbox.base_url, **settings), self.orders)
 
 
 PLAIN = Scene(ORDERS)
+SHORT = Scene(ORDERS, deadline="1.5")
 CAPPED = Scene(
     {
         "cat": Order("a cat"),
@@ -313,6 +322,16 @@ def test_a_process_killed_at_any_system_call_pays_nothing_twice_and_loses_nothin
 def test_a_system_call_that_fails_pays_nothing_twice_and_loses_nothing(plain: dict[Point, str], try_all) -> None:
     chosen = sorted(to_fail(plain))[::3] if ALL else few(to_fail(plain))[::2]
     try_all(PLAIN, [(Fault(point, what),) for point, what in zip(chosen, [FULL, BROKEN] * len(chosen), strict=False)])
+
+
+@pytest.mark.timeout(3600)
+def test_a_process_that_is_stopped_until_after_the_deadline_at_any_system_call_pays_nothing_twice(
+    plain: dict[Point, str], try_all
+) -> None:
+    chosen = to_kill(plain)
+    # The first requests of a thread: their headers and their bodies.
+    at_api = [point for point in chosen if point.call in {"sendto", "recvfrom"} and 2 <= point.number <= 4]
+    try_all(SHORT, [(Fault(point, LONG),) for point in (chosen[::2] if ALL else at_api)])
 
 
 @pytest.mark.timeout(3600)

@@ -86,11 +86,11 @@ class Traced:
     root: Path
 
     def struck(self, fault: Fault) -> list[bool]:
-        """Return for each call that did not happen because of a fault, by strace's log, whether it was one of ours.
+        """Return for each call that a fault kept from happening, or delayed, whether it was one of ours, by the log.
 
         An empty list: no thread came to the point.
         """
-        marks = (" = ?", "<unfinished ...>") if fault.what == KILL else ("(INJECTED)",)
+        marks = (" = ?", "<unfinished ...>") if fault.what == KILL else ("(INJECTED)", "(DELAYED)")
         if fault.what == KILL and self.code != -signal.SIGKILL:
             return []
         return [
