@@ -213,9 +213,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests for ``make quick``: those of a few modules and fixtures, and those marked as slow, are not."""
+    """Mark the tests for ``make quick``: those of a few modules and fixtures, and those marked as slow, are not.
+
+    The slow modules come first: at the end of a run all processes should have something to do.
+    """
     slow = {path for path in {item.path for item in items} if _is_slow(path)}
     for item in items:
         is_slow = item.path in slow or item.get_closest_marker("slow") is not None
         if not is_slow and _PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("quick")
+    items.sort(key=lambda item: item.path not in slow)
