@@ -205,8 +205,8 @@ def test_a_call_is_answered_in_time_with_name_and_state(agent, watched, sandbox)
     assert seconds < 10, "on a busy machine"
     assert (answer["name"], answer["state"] in {"waiting", "in_progress"}) == ("cat", True)
     assert sandbox.wait_for_requests(1, timeout=20)
-    until(lambda: agent.call("get_image", name="cat").structured_content["state"] == "in_progress")
-    assert "get_image" in agent.call("get_image", name="cat").structured_content["message"]
+    until(lambda: agent.call("get_image", name="cat", wait="1").structured_content["state"] == "in_progress")
+    assert "get_image" in agent.call("get_image", name="cat", wait="1").structured_content["message"]
     too_late = agent.call("cancel_image", name="cat").structured_content
     assert (too_late["state"], "too late" in too_late["message"]) == ("in_progress", True)
     sandbox.release()
