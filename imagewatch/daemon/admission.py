@@ -94,7 +94,7 @@ class Admission(HoldsThereAre):
         self._reason: str | None = None
         self._since = -math.inf
         self._ended: dict[str, float] = {}
-        self.burst = BurstGuard(monotonic)
+        self.burst = BurstGuard(monotonic, clock)
         self.announcements = Announcements(journal.events, clock, monotonic)
         self.stores = Stores(spool, journal)
         self.may_report, self.not_reported = holds.may_report, holds.not_reported
@@ -143,6 +143,9 @@ class Admission(HoldsThereAre):
             for error in list(self.stores.held_by.values()):
                 kind = failure(error).kind
                 raise Withdrawn(f"the queue was put on hold ({kind}) before the request was sent: {error}")
+            for kind in STORES:  # also if its time is over: only a test write ends it
+                if self._holds.has(kind):
+                    raise Withdrawn(f"the queue was put on hold ({kind}) before the request was sent")
             hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
                 raise Withdrawn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,15 @@ class BurstGuard:
 
     Args:
         monotonic: Monotonic clock, seconds.
+        clock: Wall clock, seconds since the epoch.
     """
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
+    def __init__(self, monotonic: Callable[[], float], clock: Callable[[], float]) -> None:
         self._now = monotonic
+        self._clock = clock
         self._most = 0
         self._settle_seconds = 0.0
-        self._passed = 0.0
+        self._passed = self._passed_at = 0.0
         self._claimed: list[_Claimed] = []
         self._returned: set[str] = set()
         # Of those in the inbox, and when they came: each is a question to the ledger.
@@ -56,7 +59,7 @@ class BurstGuard:
 
     def let_pass(self, until: float) -> None:
         """Count nothing that came up to a time, seconds since the epoch."""
-        self._passed = until
+        self._passed, self._passed_at = until, self._clock()
         self._returned.clear()
         self.forget()
 
@@ -75,9 +78,15 @@ class BurstGuard:
             changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
             is_finished: Returns whether a prompt looks like one that is finished: a sync tool may deliver many again.
         """
+        self._notice_clock()
         oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
-        self._claimed = [one for one in self._claimed if one.at >= oldest and one.changed > self._passed]
         came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
+        first = min((changed[source] for source in came), default=math.inf) - self._settle_seconds
+        self._claimed = [
+            one
+            for one in self._claimed
+            if (one.at >= oldest or (one.is_dated and one.changed > first)) and one.changed > self._passed
+        ]
         if len(came) + len(self._claimed) <= self._most:
             return 0
         before, self._finished = self._finished, {}
@@ -86,6 +95,11 @@ class BurstGuard:
                 self._finished[source] = changed[source]
         new = [changed[source] for source in came if source not in self._finished]
         return self._claimed_with(max(new)) + len(new) if new else 0
+
+    def _notice_clock(self) -> None:
+        """Count again what comes from now on if the clock, which was ahead, was set back since they were let pass."""
+        if (now := self._clock()) < self._passed_at:
+            self._passed, self._passed_at = min(self._passed, now), now
 
     def _claimed_with(self, newest: float) -> int:
         """Return how many claimed prompts came at the same time as one with this ctime, seconds."""

@@ -26,7 +26,7 @@ from imagewatch.daemon.jobs import Job, Need
 from imagewatch.daemon.mailbox import Finished
 from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
-from imagewatch.system.errors import SpoolError, UncertainError
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,8 +193,7 @@ class Dispatch:
         try:
             return self._parts.caps.admits(candidate, claim)
         except SpoolError as error:
-            if isinstance(error, UncertainError):
-                self._parts.is_recovered = False  # its job may be recorded, and would keep its name
+            self._parts.is_recovered = False  # its job may be recorded nevertheless, and would keep its name
             self._admission.failed(error)
             return None
 

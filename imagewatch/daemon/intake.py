@@ -323,7 +323,9 @@ class Intake:
         if key is None:
             return
         folder = self._scan.folders.get(key[0])
-        if key in self._left_out or (folder and folder.found and key[1] in folder.found.left_out):
+        if key in self._left_out or (
+            folder and (folder.is_scanned or (folder.found and key[1] in folder.found.left_out))
+        ):
             self._left_out.discard(key)
             self._scan.give_back(key)
             self.scanner.soon(key)  # a file of the same name was dropped meanwhile

@@ -88,6 +88,7 @@ class Scanner:
         self._running.clear()
         self._config = config
         self._scan = scan
+        scan.moment.clock = self._now
         self._schedule = Schedule(scan.order.owner)
         self._round_at, self.is_complete = 0.0, False
         self._complete_at = self._now() + _COMPLETE_SECONDS
@@ -144,7 +145,7 @@ class Scanner:
 
     def moment(self) -> float:
         """Set the time for the scans; return the monotonic one, seconds."""
-        self._scan.moment.now, self._scan.moment.wall = self._now(), self._clock()
+        self._scan.moment.set(self._now(), self._clock())
         if not self.is_at_work():
             self._idle_at = self._scan.moment.now
         return self._scan.moment.now
@@ -234,7 +235,8 @@ class Scanner:
         return False
 
     def _scanned(self, folder: Folder) -> None:
-        self._asked.discard(folder.path)
+        if not self._schedule.is_waiting(folder.path):  # else it was asked for again, during this scan
+            self._asked.discard(folder.path)
         self._waits.discard(folder.path)
         # What was found in the pieces of the scan before the last one is to be waited for, too.
         dues = [found.due for found in (folder.found, folder.checked) if found and found.due is not None]

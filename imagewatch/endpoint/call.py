@@ -23,8 +23,12 @@ _FRAMING_SHARE: Final = 16
 _SMALL_BYTES: Final = 512
 _MOST_SMALL: Final = 1000
 _PAUSE: Final = 0.002
+_STOPPED_SECONDS: Final = 1.0
+"""A read that begins so long after the deadline shows that this process was stopped, or that a disk did not respond."""
+_LATE_SECONDS: Final = 10.0
+"""For how long a response is read then: the other side could not send more than the system keeps for a connection."""
 _MOST_LATE_BYTES: Final = 16 * 1024 * 1024
-"""What has arrived at the deadline and was not read yet: no more than the system keeps for a connection."""
+"""Most that is read after the deadline otherwise: what has arrived by then."""
 _NEVER: Final = threading.Event()
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
@@ -61,6 +65,8 @@ class Call:
         self._is_connected = False
         self._is_head = True
         self._received = self._late = 0
+        self._late_until: float | None = None
+        self._was_stopped = False
         self._small = 0
 
     def __enter__(self) -> Self:
@@ -89,14 +95,20 @@ class Call:
     def left_to_read(self, most: float | None = None) -> float:
         """Return how long the next read may take, seconds; 0: only what has arrived is read.
 
-        A response that was paid for may have arrived while the daemon was stopped, until after its deadline.
+        A response that was paid for may have come while this process was stopped, until after the deadline.
 
         Raises:
             TimeoutError: The time is over, and what had arrived by then was read.
         """
-        if time.monotonic() >= self.at and self._late < _MOST_LATE_BYTES:
-            return 0.0
-        return self.left(most)
+        now = time.monotonic()
+        if now < self.at:
+            return self.left(most)
+        if self._late_until is None:
+            self._was_stopped = now > self.at + _STOPPED_SECONDS
+            self._late_until = now + (_LATE_SECONDS if self._was_stopped else _STOPPED_SECONDS)
+        if now >= self._late_until or (self._late >= _MOST_LATE_BYTES and not self._was_stopped):
+            raise TimeoutError(self._why)
+        return self._late_until - now if self._was_stopped else 0.0
 
     # Called by the connection
 
@@ -107,7 +119,7 @@ class Call:
     def next_bytes(self, most: int) -> int:
         """Return how many bytes are to be read at once, after a rest if they have been coming one by one."""
         if self._small > _MOST_SMALL:  # what comes meanwhile is read in one go; all else would keep a core busy
-            _NEVER.wait(min(_PAUSE, self.left()))
+            _NEVER.wait(_PAUSE)
         return min(most, _HEAD_READ_BYTES) if self._is_head else most
 
     def sending(self) -> AbstractContextManager[object]:

@@ -32,8 +32,6 @@ ERRORS: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeEr
 COMPRESSED_MORE_BYTES = 1 << 20
 """A response can be so much larger compressed than decompressed, unless it is an attack."""
 _WRITE_SECONDS = 60.0
-_MOST_LATE_PIECES = 1000
-"""How many pieces are read after the deadline if they have already arrived: they may be all that is missing."""
 
 
 class Clients:
@@ -144,13 +142,10 @@ def pieces(response: httpx.Response, call: Call, most: int) -> Iterator[bytes]:
         call: Its call.
         most: Bytes after which no more is read.
     """
-    size = late = 0
+    size = 0
     for piece in _raw(response):
         yield piece
         size += len(piece)
-        late += bool(call.reason)
-        if late > _MOST_LATE_PIECES:
-            raise httpx.ReadTimeout(call.reason)
         if not call.is_worth_reading(size):
             raise httpx.RemoteProtocolError("its pieces are too small")
         if size > most:

@@ -188,13 +188,13 @@ class Pictures:
         while waiting:
             for position, one in enumerate(waiting):
                 left = until - self._now()
-                if not rounds or left > 0:
+                if rounds <= 1 or left > 0:
                     # Each gets a share of the time: a slow host must not use up the time of all.
                     self._try(one, round(max(left / (len(waiting) - position), _LEAST_SECONDS), 1))
             rounds += 1
             pause = min(0.25 * 2 ** min(rounds, 30), _LONGEST_PAUSE)
             waiting = [one for one in waiting if one.waits]
-            if not waiting or self._now() + pause >= until:
+            if not waiting or (rounds > 1 and self._now() + pause >= until):
                 return
             for one in waiting:
                 _log.warning("download_failed", url=bare(one.url), reason=one.problem, tries=rounds)

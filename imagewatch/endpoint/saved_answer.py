@@ -169,7 +169,7 @@ class Sink:
         self._defers_sync = defers_sync
         self._frames: Frames | None = None
         self._file: IO[bytes] | None = None
-        self._is_suspect = False
+        self._is_suspect = self._is_named = False
         self._size = 0  # without the last line
         self.written = self.status = 0
         self.until = -math.inf
@@ -232,6 +232,9 @@ class Sink:
         A file with a last line has all its images on the disk, whatever ends the process or the computer.
         """
         assert self._file is not None
+        if self._is_named:  # only that was not synced
+            self._disk.sync_folder(os.path.dirname(self._path))
+            return
         has_names = has_name(self._disk, self._file, self._part) and (not self._frames or self._frames.is_there())
         if self._is_suspect or not has_names:
             self._write_again()
@@ -249,6 +252,7 @@ class Sink:
             self._disk.sync(self._file, self._part)
             self._is_suspect = False
         self._disk.replace(self._part, self._path)
+        self._is_named = True
         if is_synced:
             self._disk.sync_folder(os.path.dirname(self._path))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
+_JUMP_SECONDS = 1.0
+"""If the two clocks differ by more between two looks, the wall clock was set, or the machine was suspended."""
 _MOST_READ = 200
 """So many other prompts are read to find out whether a file is theirs."""
 _LARGE_BYTES = 64 << 20
@@ -42,10 +45,34 @@ class Moment:
     Attributes:
         now: Monotonic time, seconds.
         wall: Wall-clock time, seconds since the epoch.
+        clock: Returns the monotonic time; None: it is ``now``.
+        steady_at: Wall-clock time at which the wall clock was seen to be set to another time; a date before it says
+            nothing.
     """
 
     now: float = 0.0
     wall: float = 0.0
+    clock: Callable[[], float] | None = None
+    steady_at: float = -math.inf
+
+    def set(self, now: float, wall: float) -> None:
+        """Set the present.
+
+        Args:
+            now: Monotonic time, seconds.
+            wall: Wall-clock time, seconds since the epoch.
+        """
+        if self.now and abs((wall - self.wall) - (now - self.now)) > _JUMP_SECONDS:
+            self.steady_at = wall
+        self.now, self.wall = now, wall
+
+    def after_look(self) -> float:
+        """Return the monotonic time after something was looked at: it may have changed meanwhile."""
+        return self.now if self.clock is None else self.clock()
+
+    def since(self, changed: float) -> float:
+        """Return since when a file is unchanged, by its date, at the latest; seconds since the epoch."""
+        return max(changed, self.steady_at)
 
 
 class PromptFiles:
@@ -181,7 +208,7 @@ class PromptFiles:
 
     def writer(self, candidate: Candidate) -> str:
         """Return a file of a candidate that a program has open for writing; it is not waited for without end."""
-        if self._moment.wall - candidate.changed_at >= _BUSY_SECONDS:
+        if self._moment.wall - self._moment.since(candidate.changed_at) >= _BUSY_SECONDS:
             return ""
         folder = self._folders.full(candidate.folder)
         return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self.opener)), "")

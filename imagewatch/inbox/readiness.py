@@ -88,7 +88,7 @@ class Readiness:
 
     def by_our_clock(self, folder: Folder, changed: float) -> float:
         """Convert a file's ctime to the latest possible time on our clock."""
-        return changed if folder.is_local else changed + _SKEW_SECONDS
+        return self._moment.since(changed if folder.is_local else changed + _SKEW_SECONDS)
 
     def _found(self, folder: Folder) -> Found:
         self._folders.changed = True
@@ -146,7 +146,9 @@ class Readiness:
                 return None
         elif stem not in notes.arrived or not self._files.all_whole(folder.path, declared):
             since = self.by_our_clock(folder, changed)
-            left = notes.inputs.observe(stem, hash(states), changed_at=since, now=now, wall=self._moment.wall)
+            left = notes.inputs.observe(
+                stem, hash(states), changed_at=since, now=now, wall=self._moment.wall, seen=self._moment.after_look()
+            )
             if left > 0:
                 self._hold_back(folder, stem)
                 notes.since.setdefault(stem, now)
@@ -199,7 +201,9 @@ class Readiness:
         """Wait until files that may be meant do not change any more: a rename may still be coming."""
         now, notes = self._moment.now, self._notes(folder)
         since = self.by_our_clock(folder, changed)
-        left = notes.inputs.observe(stem, hash(states), changed_at=since, now=now, wall=self._moment.wall)
+        left = notes.inputs.observe(
+            stem, hash(states), changed_at=since, now=now, wall=self._moment.wall, seen=self._moment.after_look()
+        )
         left = min(left, notes.since.setdefault(stem, now) + self._config.input_wait_seconds - now)
         if left > 0:
             self._hold_back(folder, stem)

@@ -122,7 +122,7 @@ class InboxScan:
 
         Its siblings are not listed here, so about a prompt that declares nothing only a scan can decide.
         """
-        self.moment.now, self.moment.wall = now, wall
+        self.moment.set(now, wall)
         folder, (path, stem) = self.folders.add(key[0]), key
         (state,), changed = self._files.states(path, (stem + SUFFIX,))
         if state[2] <= 0 or any(self._files.is_there(path, lock) for lock in locks(stem + SUFFIX)):
@@ -206,7 +206,7 @@ class InboxScan:
 
     def _look_into(self, folder: Folder, found: Found) -> Iterator[None]:
         observe = functools.partial(self._observe, found)
-        visitor = Visitor(found, self._opened, observe, self.has_job, self.moment.now)
+        visitor = Visitor(found, self._opened, observe, self.has_job, self.moment.after_look)
         yield from self.folders.refresh(folder, visitor)
         for name in folder.arriving:
             self._note_arriving(folder, name, found)
@@ -281,6 +281,7 @@ class InboxScan:
             changed_at=self._readiness.by_our_clock(folder, changed),
             now=self.moment.now,
             wall=self.moment.wall,
+            seen=self.moment.after_look(),
         )
         if left <= 0 or self._is_whole(folder, stem):
             self._settle(folder, stem, changed)
@@ -320,7 +321,8 @@ class InboxScan:
         Raises:
             SpoolError: The inbox itself cannot be listed.
         """
-        self.moment.now, self.moment.wall, self.has_job = now, wall, job_keys.__contains__
+        self.moment.set(now, wall)
+        self.has_job = job_keys.__contains__
         self.order.give_again()
         self.folders.begin()
         waiting = [""]
@@ -345,7 +347,7 @@ class InboxScan:
             wall: Wall-clock time, seconds since the epoch.
             most: How many at most; None for all.
         """
-        self.moment.now, self.moment.wall = now, wall
+        self.moment.set(now, wall)
         return self.order.collect(most)
 
     # Counting

@@ -46,21 +46,32 @@ class Settling:
         """
         self._now[key] = now, None
 
-    def observe(self, key: Hashable, fingerprint: Hashable, *, changed_at: float, now: float, wall: float) -> float:
+    def observe(
+        self,
+        key: Hashable,
+        fingerprint: Hashable,
+        *,
+        changed_at: float,
+        now: float,
+        wall: float,
+        seen: float | None = None,
+    ) -> float:
         """Note the fingerprint of a prompt.
 
         Args:
             key: The stem, with its folder.
             fingerprint: Anything that differs when any of its files differs.
             changed_at: The newest ctime of its files, seconds since the epoch.
-            now: Monotonic time, seconds.
+            now: Monotonic time before its files were looked at, seconds.
             wall: Wall-clock time, seconds since the epoch.
+            seen: Monotonic time after that, seconds; ``now`` without.
 
         Returns:
             Seconds until it is settled if nothing else happens; 0 when it is. Then it is forgotten here: the caller
             remembers it.
         """
         state = hash(fingerprint)
+        late = 0.0 if seen is None else max(seen - now, 0.0)  # so long after ``now`` it may have changed
         since, known = self._now.get(key) or self._before.get(key) or (None, None)
         if since is None or known is None:
             # A ctime in the future (a clock that was set back) counts as now.
@@ -69,9 +80,11 @@ class Settling:
             since = max(now - unchanged_before, self._scanned_at, -math.inf if since is None else since)
         elif known != state:
             since = now
+        else:
+            late = 0.0
         left = max(0.0, since + self.settle_seconds - now)
         if left:
-            self._now[key] = since, state
+            self._now[key] = since + late, state
         return left
 
     def forget_others(self, scanned_at: float = -math.inf) -> None:

@@ -51,14 +51,14 @@ class Visitor:
         observe: Called with the folder, the stem and a descriptor for each stem that is not settled; returns whether
             it is settled now.
         has_job: Returns whether a job of a stem is not over; the stem is left out.
-        now: Monotonic time, seconds.
+        after_look: Returns the monotonic time, seconds.
     """
 
     found: Found
     opened: Callable[[Folder, int], None]
     observe: Callable[[Folder, str, int], bool]
     has_job: Callable[[Key], bool]
-    now: float
+    after_look: Callable[[], float]
 
 
 class Folders:
@@ -219,7 +219,7 @@ class Folders:
             folder.is_entered = True
             visitor.opened(folder, descriptor)
             folder.is_scanned = True
-            differs = folder.may_differ(status, visitor.now, keeps_times=self._keeps_times(full))
+            differs = folder.may_differ(status, visitor.after_look(), keeps_times=self._keeps_times(full))
             try:
                 stems = list(folder.unsettled)
                 if differs:
@@ -277,9 +277,12 @@ class Folders:
         return self._places[place]
 
     def _place_of_inbox(self) -> tuple[int, int]:
-        """Return on which device and mount the inbox is; a folder in it may be the first one that is scanned."""
-        inbox = self.add("")
-        if inbox.identity is None:
+        """Return on which device and mount the inbox is; a folder in it may be the first one that is scanned.
+
+        Also the first one since another file system was mounted there.
+        """
+        inbox, top = self.add(""), self.tops.opened(self._inbox)
+        if inbox.identity is None or (top is not None and not top.is_same_as(inbox.identity)):
             with self._opened("") as descriptor, disk_errors(self._inbox, "check the folder"):
                 self._meet(inbox, os.fstat(descriptor), descriptor)
         return inbox.place

@@ -142,9 +142,9 @@ class CommonSteps:
         except SpoolError as error:
             if not self.is_held(record.job):
                 raise lost(record.job) from error
-            _log.warning("response_not_shared", reason=str(error), next=error.hint)
             with contextlib.suppress(SpoolError):  # else the others wait for the deadline
                 self._common.answer_is_here(record.job, attempt)
+            _log.warning("response_not_shared", reason=str(error), next=error.hint)
 
     def is_missing(self, record: Record) -> bool:
         """Return whether the journal lacks a job of which there is a response here, and its result.

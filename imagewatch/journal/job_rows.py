@@ -155,8 +155,8 @@ class JobRows(abc.ABC):
         return found if found is not None and found.state in {"kept", "reopened"} else None
 
     def reopen(self, job: str) -> bool:
-        """Let the response of a job be read again that was kept; return whether it was."""
-        change = "UPDATE jobs SET state = 'reopened' WHERE id = ? AND state = 'kept'"
+        """Let the response of a job be read again that was kept; return whether it was, now or by an earlier try."""
+        change = "UPDATE jobs SET state = 'reopened' WHERE id = ? AND state IN ('kept', 'reopened')"
         return self._file.change(lambda connection: bool(connection.execute(change, (job,)).rowcount))
 
     def reclaimed(self, job: str) -> None:

@@ -374,7 +374,7 @@ class SqliteDatabase:
 
     def _note_count(self, connection: sqlite3.Connection) -> None:
         """Write down how much is durable now, so that an older copy is known also after a kill. It is not synced."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, sqlite3.Error):
             file = os.open(self._mark, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 if os.fstat(file).st_size == MARK_BYTES:  # else it is written when the ledger is opened

@@ -57,6 +57,11 @@ class Descriptor:
             self._identity = mine.st_dev, mine.st_ino
         return (status.st_dev, status.st_ino) == self._identity
 
+    def is_same_as(self, identity: tuple[int, int]) -> bool:
+        """Return whether this is the folder of a device and an inode."""
+        mine = self.status()
+        return (mine.st_dev, mine.st_ino) == identity
+
     def entries(self) -> os._ScandirIterator[str]:
         """Return what is in it, by a descriptor of its own; to be used in a ``with`` statement."""
         return os.scandir(self._number)

@@ -354,8 +354,12 @@ def test_on_a_file_server_with_a_clock_of_its_own_a_new_file_settles_by_our_cloc
     scanning.scan_all()
     assert scanning.ready(after=4) == []
     assert scanning.ready(after=1.1) == ["cat.prompt.txt"]
-    scanning.write("dog.prompt.txt")
+    scanning.scan = InboxScan(str(scanning.inbox), Inbox(), is_local=lambda _: False)
     scanning.wall += 3600
+    assert scanning.ready() == ["cat.prompt.txt"]
+    wall = scanning.wall
+    scanning.write("dog.prompt.txt")
+    scanning.wall = wall
     assert scanning.ready(after=5) == ["cat.prompt.txt", "dog.prompt.txt"]
 
 
