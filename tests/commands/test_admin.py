@@ -462,10 +462,10 @@ class Guard:
     """A burst guard of three prompts within five seconds, by a clock that the test sets."""
 
     def __init__(self, station: Station) -> None:
-        self.now, self._holds = 0.0, Holds()
-        control = Control(str(station.state), Disk(), station.journal.requests)
-        clock = lambda: self.now  # noqa: E731
-        self.gate = Admission(station.spool, station.journal, control, self._holds, lambda **_: None, clock, clock)
+        self.now, self.ahead, self._holds = 0.0, 0.0, Holds()
+        self.control = Control(str(station.state), Disk(), station.journal.requests)
+        wall, clock = lambda: self.now + self.ahead, lambda: self.now
+        self.gate = Admission(station.spool, station.journal, self.control, self._holds, lambda **_: None, wall, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None, str)
 
     def claim(self, *times: float, is_dated: bool = True) -> None:
@@ -511,6 +511,22 @@ def test_a_prompt_with_the_time_of_a_server_counts_for_as_long_as_others_have_to
     assert not guard.holds(105.3, 7.0)
     guard.claim(106.0, 106.1, 106.2, is_dated=False)
     assert guard.holds(110.9, 2.0)
+
+
+def test_prompts_of_one_burst_count_together_though_the_daemon_was_stopped_in_the_middle_of_it(guard):
+    guard.claim(100.0, 100.1, 100.2)
+    assert guard.holds(130.0, 100.5, 100.6, 100.7)
+
+
+def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_that_comes_after_it_was_set_back(guard):
+    guard.control.prepare()
+    guard.now, guard.ahead = 100.0, 864_000.0
+    guard.control.release()
+    guard.gate.follow()
+    guard.ahead = 0.0
+    assert not guard.holds(150.0, 99.0, 99.1, 99.2, 99.3)
+    guard.gate.follow()
+    assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3)
 
 
 def test_the_ledger_is_read_once_for_redelivered_prompts(guard):

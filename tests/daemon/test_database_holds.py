@@ -274,3 +274,16 @@ def test_a_broken_disk_does_not_let_the_journal_be_tested(gated: Gate) -> None:
         gated.admission.failed(SpoolError("missing", path=str(gated.station.outbox), code=2))
         gated.later()
     assert gated.tests == 0, "of a journal on that disk it could create files in a folder that is not ours"
+
+
+@pytest.mark.parametrize("error", [DatabaseError("unreachable"), SpoolError("full", code=28)], ids=["database", "disk"])
+def test_no_first_byte_is_sent_before_a_test_has_ended_the_hold_whose_time_is_over(
+    gated: Gate, error: SpoolError
+) -> None:
+    gated.admission.failed(error)
+    gated.now += 60.0  # a worker waited for the disk, or the daemon was stopped
+    with pytest.raises(Withdrawn), gated.admission.leaving():
+        pass
+    gated.admission.probe_stores()
+    with gated.admission.leaving():
+        pass

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 import time
+import types
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from support.daemon import Folders
 
 from imagewatch.daemon.intake import Intake
+from imagewatch.inbox import tree
 from imagewatch.inbox.schedule import Allowance
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from imagewatch.inbox.candidate import Candidate
 
@@ -41,16 +45,26 @@ class Box:
         self.folders = Folders(root, "http://127.0.0.1:9", **settings)
         self.inbox = self.folders.inbox
         self.clock = Ticking()
+        self.stopped = 0.0
         config = self.folders.config()
-        self.intake = Intake(
-            config.folders, str(root), lambda: None, time.time, self.clock, Tops.of(config.folders.inbox)
-        )
+        self.tops = Tops.of(config.folders.inbox)
+        wall = lambda: time.time() + self.stopped  # noqa: E731
+        self.intake = Intake(config.folders, str(root), lambda: None, wall, self.clock, self.tops)
         self.intake.configure(config.inbox, config.limits.burst)
 
     def write(self, folder: str, *names: str, text: str = "A lighthouse") -> None:
         (self.inbox / folder).mkdir(parents=True, exist_ok=True)
         for name in names:
             (self.inbox / folder / name).write_text(text)
+
+    def stop(self, seconds: float) -> None:
+        """Let so much time pass by both clocks, as when the daemon is stopped."""
+        self.clock.now += seconds
+        self.stopped += seconds
+
+    def watch(self) -> None:
+        """Scan as where there are change events: only what is asked for, and everything in each round."""
+        self.intake.scanner._watching._watch = "native"
 
     def scan(self) -> None:
         """Scan once, for as long as one scan may take."""
@@ -414,3 +428,135 @@ def test_the_names_of_ignored_files_are_bounded_also_over_very_many_folders(box)
     box.scan_all()
     assert sum(folder.names for folder in box.intake._scan.folders) < 5500
     assert box.intake.result.ignored.total == 6000
+
+
+# A daemon that is stopped between two steps
+
+
+def test_a_prompt_that_was_changed_while_it_was_being_looked_at_settles_again(tmp_path, monkeypatch):
+    """The daemon is stopped before it looks at the prompt, or its file server does not answer."""
+    box = Box(tmp_path, inbox__settle_seconds="5")
+    box.write("", "cat.prompt.txt", text="A light")
+    lstat = os.lstat
+
+    def slow(name, **options):
+        if str(name).endswith("cat.prompt.txt") and not box.stopped:
+            box.stop(10)
+            box.write("", "cat.prompt.txt", text="A lighthouse at")
+        return lstat(name, **options)
+
+    monkeypatch.setattr(os, "lstat", slow)
+    box.scan()
+    box.stop(0.1)
+    box.intake.scan(())
+    assert box.take() is None, "it was changed 0.1 seconds ago"
+    for _ in range(3):
+        box.stop(3)
+        box.intake.scanner.soon()
+        box.scan_all()
+    assert box.take().source == "cat.prompt.txt"
+
+
+def test_two_prompts_of_the_same_second_are_found_though_the_daemon_was_stopped_before_it_looked(box, monkeypatch):
+    """On a file system whose times are whole seconds."""
+    fstat, changed, stop = os.fstat, [990], []
+
+    def write(name):
+        box.write("", name)
+        changed[0] = int(box.clock.now)
+
+    def coarse(descriptor):
+        found = fstat(descriptor)
+        if not os.path.samestat(found, os.stat(box.inbox)):
+            return found
+        if stop:
+            box.stop(stop.pop())
+            write("a.prompt.txt")
+        times = dict.fromkeys(("st_mtime_ns", "st_ctime_ns"), changed[0] * 1_000_000_000)
+        return types.SimpleNamespace(**{name: getattr(found, name) for name in dir(found) if name[:3] == "st_"} | times)
+
+    def scan(at):
+        box.clock.now = at
+        box.intake.scanner.soon()
+        box.intake.scan(())
+
+    monkeypatch.setattr(tree.os, "fstat", coarse)
+    for at in (1001, 1004, 1007):
+        scan(at)
+    stop.append(3.0)
+    scan(1010)
+    scan(1013.3)
+    box.clock.now = 1013.6
+    write("b.prompt.txt")
+    for at in (1013.7, 1020, 1050, 5000):
+        scan(at)
+    assert set(box.claim_all()) == {"a.prompt.txt", "b.prompt.txt"}
+
+
+class Taken(set[tuple[str, str]]):
+    """Names of jobs that are not over; it notes whether a scan has passed over a prompt for one."""
+
+    was_met = False
+
+    def __contains__(self, key: object) -> bool:
+        self.was_met |= super().__contains__(key)
+        return super().__contains__(key)
+
+
+def test_a_prompt_whose_name_becomes_free_while_its_folder_is_being_scanned_is_found_soon(tmp_path):
+    box = Box(tmp_path, inbox__rescan_seconds="86400")
+    box.watch()
+    box.clock.step = 0.05  # each scan is only a few pieces
+    box.write("", *names(1500, "txt"), "cat.prompt.txt")
+    taken = Taken({("", "cat")})
+    while not taken.was_met:
+        box.clock.now = max(box.clock.now, box.intake.scanner.due)
+        box.intake.scan(taken)
+    assert box.intake.scanner._running
+    box.intake.over(taken.pop())
+    box.scan_all()
+    began = box.clock.now
+    while box.intake.scanner.due < began + 60:
+        box.scan()
+    assert box.intake.is_ready("")
+
+
+def test_a_scan_that_was_asked_for_during_another_one_is_pending_until_it_is_done(tmp_path):
+    box = Box(tmp_path, inbox__rescan_seconds="86400")
+    box.watch()
+    box.clock.step = 0.05
+    box.write("", *names(300, "txt"))
+    box.scan_all()
+    box.intake.scanner.soon(("", "bird"))
+    while not box.intake.scanner._running:
+        box.scan()
+    box.write("", "cat.prompt.txt")
+    box.intake.scanner.soon(("", "cat"))
+    for _ in range(400):
+        if not box.intake.scanner.pending:
+            break
+        box.scan()
+    assert not box.intake.scanner.is_at_work()
+    assert box.take().source == "cat.prompt.txt"
+
+
+@pytest.fixture
+def other_file_system(tmp_path: Path) -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_a_folder_may_be_scanned_before_the_inbox_after_another_file_system_was_mounted(box, other_file_system):
+    box.write("people/ann")
+    box.scan_all()
+    box.inbox.rename(box.inbox.with_name("before"))
+    box.inbox.symlink_to(other_file_system)
+    box.write("people/ann", "cat.prompt.txt")
+    box.tops.open(str(box.inbox))
+    box.intake.scanner.soon(("people/ann", "cat"))
+    box.scan_all()
+    assert box.intake.result.ignored == {}
+    assert box.intake.is_ready("people")

@@ -7,10 +7,23 @@ import json
 import os
 import shutil
 import sqlite3
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, LoggedDaemon, command, until
+from support.daemon import PATIENCE, Folders, LoggedDaemon, command, until
+
+from imagewatch.daemon.arrivals import Arrivals
+from imagewatch.daemon.dispatch import Dispatch
+from imagewatch.daemon.instructions import Instructions
+from imagewatch.daemon.mailbox import Finished
+from imagewatch.daemon.parts import Parts
+from imagewatch.daemon.recovery import Recovery
+from imagewatch.daemon.results import Results
+from imagewatch.journal import sqlite
+from imagewatch.journal.holds import Holds
+from imagewatch.protocol.values import Claim
+from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -690,3 +703,85 @@ def test_a_job_that_only_an_accepted_older_copy_has_open_is_ended_and_its_name_i
     assert used.error("cat")["charged"] == "unknown"
     assert sandbox.report()["requests"] == MANY + 3
     assert daemon.stop() == 0
+
+
+# What follows a commit fails: by a clock that the test moves
+
+
+class Still:
+    """The parts of a daemon whose loop does not run."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.now = 1000.0
+        config = folders.config()
+        self.parts = Parts(config, folders.environ, Disk(), Holds(), time.time, lambda: self.now)
+        self.parts.begin()
+        self.parts.configure(config)
+        arrivals, recovery = Arrivals(self.parts), Recovery(self.parts)
+        self.results = Results(self.parts, lambda _: None)
+        self.dispatch = Dispatch(self.parts, arrivals, recovery)
+        self.instructions = Instructions(self.parts, arrivals, self.results, recovery)
+
+    def step(self) -> None:
+        """Do what the daemon does now, wait until it is done, and let a minute pass."""
+        self.parts.intake.scanner.soon()
+        self.parts.intake.scan(self.parts.team.taken())
+        self.dispatch.run(is_draining=False)
+        while self.parts.jobs.any_at_work:
+            for message in self.parts.mailbox.wait(PATIENCE):
+                if isinstance(message, Finished):
+                    self.results.take(message)
+        self.now += 60
+
+
+@pytest.fixture
+def still(folders: Folders) -> Iterator[Still]:
+    folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "1000"
+    made = Still(folders)
+    yield made
+    made.dispatch.pool.shutdown()
+    made.parts.close()
+
+
+def test_a_prompt_is_completed_though_the_ledger_failed_after_its_job_was_recorded(
+    folders: Folders, still: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure = sqlite.SqliteDatabase._ensure
+    failed: list[Exception] = []
+
+    def failing(self: Any, *, is_ours: bool = False) -> None:
+        if is_ours and not failed and self._connection.execute("SELECT 1 FROM jobs").fetchone():
+            failed.append(OSError(5, "Input/output error", self.path))
+            raise failed[0]
+        ensure(self, is_ours=is_ours)
+
+    monkeypatch.setattr(sqlite.SqliteDatabase, "_ensure", failing)
+    folders.prompt("cat", "A cat")
+    for _ in range(4):
+        still.step()
+    assert failed
+    assert folders.finished() == {"cat": "outbox"}
+
+
+def test_a_saved_response_is_read_again_though_the_ledger_failed_after_that_was_recorded(
+    still: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, job = still.parts.journal, "0" * 16
+    journal.claim(Claim(job=job, folder="", stem="cat", at=1.0))
+    journal.keep(job)
+    journal.requests.retry(job)
+    recorded = sqlite.recorded
+    failed: list[sqlite3.Error] = []
+
+    def failing(connection: sqlite3.Connection) -> int:
+        if not failed and connection.execute("SELECT state FROM jobs").fetchone()[0] == "reopened":
+            failed.append(sqlite3.OperationalError("disk I/O error"))
+            failed[0].sqlite_errorcode = sqlite3.SQLITE_IOERR
+            raise failed[0]
+        return recorded(connection)
+
+    monkeypatch.setattr(sqlite, "recorded", failing)
+    for _ in range(2):
+        still.instructions.follow()
+    assert failed
+    assert job in still.parts.jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import zlib
 
 import pytest
 from support.daemon import KEY, TESTS
-from support.scripted import Scripted, drop, paid, refused, small_image
+from support.scripted import Scripted, drop, heavy, paid, refused, small_image
 from support.station import Station
 
 from imagewatch.config.key import Key
@@ -165,6 +166,36 @@ def test_a_charged_response_that_has_arrived_at_the_deadline_is_complete(tmp_pat
         pieces = [body[at : at + 7] for at in range(0, len(body), 7)]
         exchange.send(CHUNKED + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
 
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert "problems" not in station.receipt("x")
+
+
+def test_a_charged_response_that_came_byte_by_byte_and_has_arrived_at_the_deadline_is_complete(tmp_path, monkeypatch):
+    whole = OK + b"\r\n" + paid(heavy(20_000))
+    small, sent = threading.Event(), threading.Event()
+
+    class Stopped(call.Call):
+        """A call whose deadline passes after very many small reads, when all the rest has arrived."""
+
+        def took(self, size):
+            super().took(size)
+            if self._small > call._MOST_SMALL + 1 and not small.is_set():
+                small.set()
+                assert sent.wait(10)
+                self.at = time.monotonic()
+
+    def script(exchange):
+        exchange.request()
+        at = 0
+        while at < len(whole) and not small.wait(0.0003):
+            exchange.send(whole[at : at + 1])
+            at += 1
+        exchange.send(whole[at:])
+        exchange.connection.shutdown(socket.SHUT_WR)
+        sent.set()
+
+    monkeypatch.setattr(client, "Call", Stopped)
     with served_by(tmp_path, script) as station:
         station.work()
         assert "problems" not in station.receipt("x")

@@ -99,6 +99,14 @@ def charge_unknown(station, originals, *texts):
     return error
 
 
+def published(station, image):
+    """Process the prompts; check that this image was published."""
+    drop(station, SMALL)
+    (outcome,) = station.work()
+    assert (outcome.destination, outcome.charged) == ("outbox", "yes")
+    assert (station.outbox / "x.png").read_bytes() == image
+
+
 # Nothing was sent
 
 
@@ -339,16 +347,21 @@ def test_the_charge_is_unknown_at_the_deadline_if_a_server_reads_and_never_respo
         charge_unknown(station, SMALL, "not finished after 1.5 seconds")
 
 
-@pytest.fixture
-def stopped_after_sending(monkeypatch):
-    """The daemon is stopped right after the last byte of a request, and continues when the deadline has passed."""
+def stop_after_sending(monkeypatch, seconds):
+    """Stop the daemon for so long right after the last byte of a request."""
     pieces = Body.__iter__
 
     def stopping(body):
         yield from pieces(body)
-        threading.Event().wait(1.6)
+        threading.Event().wait(seconds)
 
     monkeypatch.setattr(Body, "__iter__", stopping)
+
+
+@pytest.fixture
+def stopped_after_sending(monkeypatch):
+    """The daemon is stopped right after the last byte of a request, and continues when the deadline has passed."""
+    stop_after_sending(monkeypatch, 1.6)
 
 
 @pytest.mark.usefixtures("stopped_after_sending")
@@ -387,10 +400,36 @@ def test_a_response_that_had_arrived_when_the_deadline_passed_is_published(tmp_p
         exchange.send(response(paid(image)))
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
-        drop(station, SMALL)
-        (outcome,) = station.work()
-        assert (outcome.destination, outcome.charged) == ("outbox", "yes")
-        assert (station.outbox / "x.png").read_bytes() == image
+        published(station, image)
+
+
+def test_a_response_of_which_a_part_arrived_while_the_daemon_was_stopped_is_read_to_its_end(tmp_path, monkeypatch):
+    """The server sends the rest as soon as there is room, after the deadline."""
+    stop_after_sending(monkeypatch, 2.3)
+    image = heavy(3_000_000)
+
+    def script(exchange):
+        exchange.request()
+        exchange.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        exchange.send(response(paid(image)))
+
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1") as station:
+        published(station, image)
+
+
+@pytest.mark.usefixtures("stopped_after_sending")
+def test_a_response_in_very_many_pieces_that_had_arrived_when_the_deadline_passed_is_published(tmp_path):
+    image = heavy(100_000)
+    body = paid(image)
+
+    def script(exchange):
+        exchange.request()
+        pieces = [body[at : at + 100] for at in range(0, len(body), 100)]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        exchange.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
+        published(station, image)
 
 
 def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_responds(tmp_path):

@@ -379,6 +379,28 @@ def test_a_host_that_is_unreachable_is_tried_until_the_url_has_expired(tmp_path)
     assert 580 <= sum(clock.waits) <= 600
 
 
+def test_an_image_is_tried_again_though_the_daemon_was_stopped_for_long_during_the_first_attempt(tmp_path):
+    clock, other = Clock(), small_image(color=(200, 0, 0))
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+
+    def stopped(exchange):
+        exchange.head()
+        clock.now += 700
+        exchange.reset()
+
+    def good(exchange):
+        exchange.head()
+        exchange.send(response(other))
+
+    with (
+        Scripted(stopped, good) as images,
+        responding_with(tmp_path, IMAGE, images.base_url + "/x?sig=1", clock=clock) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        assert "problems" not in completed(station, "x", originals, "x-1.png", "x-2.png")
+
+
 def test_the_images_of_a_job_share_the_time_until_their_urls_have_expired(tmp_path):
     with Scripted() as closed:
         pass

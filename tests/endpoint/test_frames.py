@@ -27,6 +27,7 @@ from imagewatch.endpoint.pictures import Pictures
 from imagewatch.endpoint.saved_answer import Answer, Sink, save_part
 from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 LIMIT = 50 << 20
 CANONICAL = base64.b64encode(bytes(range(255)) * 2).decode()
@@ -478,6 +479,40 @@ def test_a_response_whose_late_sync_failed_is_written_to_another_file(place):
         answer.make_durable(disk)
     answer.make_durable(disk)
     assert disk.inodes[0] not in disk.inodes[1:]
+    assert body_of(place.answer()) == MIXED
+
+
+class Named(Disk):
+    """A disk on which nothing can be synced any more once the response has its name."""
+
+    fails = False
+
+    def replace(self, source, target):
+        super().replace(source, target)
+        self.fails = True
+
+    def sync(self, file, path):
+        self._try()
+        super().sync(file, path)
+
+    def sync_folder(self, path):
+        self._try()
+        super().sync_folder(path)
+
+    def _try(self):
+        if self.fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_response_that_has_its_name_stays_whole_though_its_folder_cannot_be_synced(place):
+    waits = []
+    with contextlib.closing(place.sink(Named(), wait=waits.append, now=lambda: sum(waits), defers_sync=True)) as sink:
+        sink.until = 3.0
+        sink.start(Head(status=200))
+        sink.write(MIXED)
+        with pytest.raises(SpoolError):
+            sink.finish(Tail(complete=False, reason="cut"))
+    assert waits
     assert body_of(place.answer()) == MIXED
 
 

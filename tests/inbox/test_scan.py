@@ -94,6 +94,16 @@ def test_a_clock_that_was_set_back_makes_nothing_ready_early(scanning):
     assert scanning.ready(after=5.1) == ["cat.prompt.txt"]
 
 
+def test_a_prompt_that_came_before_the_clock_was_set_forward_has_to_settle(scanning):
+    scanning.scan_all()
+    scanning.scan_all(after=5)
+    scanning.write("cat.prompt.txt")
+    scanning.now += 5
+    scanning.wall += 7200
+    assert scanning.ready() == []
+    assert scanning.ready(after=5.1) == ["cat.prompt.txt"]
+
+
 @pytest.mark.parametrize("name", ["cat.prompt.txt", "cat.png", "cat.1.jpg"])
 def test_a_change_of_the_prompt_or_of_one_of_its_images_starts_the_clock_again(scanning, name):
     for each in ("cat.prompt.txt", "cat.png", "cat.1.jpg"):
@@ -345,6 +355,17 @@ def test_what_a_program_has_open_for_writing_is_not_claimed_however_long_it_is_u
     with (scanning.inbox / name).open("ab"):
         assert not scanning.scan.unchanged(candidate)
         assert scanning.ready(after=3600) == ["cat.prompt.txt"], "no writer can delay it forever"
+
+
+def test_what_a_program_has_open_for_writing_is_not_claimed_though_the_clock_was_set_forward(scanning):
+    with scanning.write("cat.prompt.txt").open("ab") as file:
+        if not has_writer(file.name):
+            pytest.skip("this file system does not report writers")
+        scanning.scan_all()
+        assert scanning.ready(after=5.1) == []
+        scanning.wall += 7200
+        assert scanning.ready(after=0.1) == []
+    assert scanning.ready(after=5.1) == ["cat.prompt.txt"]
 
 
 def test_on_a_file_server_with_a_clock_of_its_own_a_new_file_settles_by_our_clock(scanning):
