@@ -143,9 +143,6 @@ class Admission(HoldsThereAre):
             for error in list(self.stores.held_by.values()):
                 kind = failure(error).kind
                 raise Withdrawn(f"the queue was put on hold ({kind}) before the request was sent: {error}")
-            for kind in STORES:  # also if its time is over: only a test write ends it
-                if self._holds.has(kind):
-                    raise Withdrawn(f"the queue was put on hold ({kind}) before the request was sent")
             hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
                 raise Withdrawn(

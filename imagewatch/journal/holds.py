@@ -32,7 +32,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.protocol.reasons import Others, Reason
+from imagewatch.protocol.reasons import STORES, Others, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -236,10 +236,13 @@ class Holds:
 
         Args:
             now: Monotonic time, seconds.
-            was_admitted: Whether the request is within our own limits: they do not count.
+            was_admitted: Whether the request was admitted before: our own limits do not count then, and what concerns a
+                disk or the database forbids it until a test write succeeds, however long that takes.
         """
         with self._lock:  # workers call this, too
-            holds = [hold for hold in self._holds.values() if now < hold.until]
+            holds = [
+                hold for hold in self._holds.values() if now < hold.until or (was_admitted and hold.kind in STORES)
+            ]
         if was_admitted:
             holds = [hold for hold in holds if not hold.reason.row.is_own]
         return max(holds, key=_until, default=None)
