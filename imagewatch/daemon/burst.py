@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+_JUMP_SECONDS = 1.0
 _LATEST_COUNT_SECONDS = 10.0
 """How long after it has settled a prompt is counted for the first time at the latest, seconds."""
 
@@ -81,11 +82,11 @@ class BurstGuard:
         self._notice_clock()
         oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
         came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
-        first = min((changed[source] for source in came), default=math.inf) - self._settle_seconds
+        dates = sorted(changed[source] for source in came)
         self._claimed = [
             one
             for one in self._claimed
-            if (one.at >= oldest or (one.is_dated and one.changed > first)) and one.changed > self._passed
+            if one.changed > self._passed and (one.at >= oldest or (one.is_dated and self._is_near(one, dates)))
         ]
         if len(came) + len(self._claimed) <= self._most:
             return 0
@@ -96,9 +97,14 @@ class BurstGuard:
         new = [changed[source] for source in came if source not in self._finished]
         return self._claimed_with(max(new)) + len(new) if new else 0
 
+    def _is_near(self, one: _Claimed, dates: list[float]) -> bool:
+        """Return whether a claimed prompt came at the same time as one of some dates, which are in order."""
+        place = bisect.bisect_right(dates, one.changed - self._settle_seconds)
+        return place < len(dates) and dates[place] < one.changed + self._settle_seconds
+
     def _notice_clock(self) -> None:
-        """Count again what comes from now on if the clock, which was ahead, was set back since they were let pass."""
-        if (now := self._clock()) < self._passed_at:
+        """Count what comes from now on, if the clock was ahead when prompts were let pass, and was set back since."""
+        if (now := self._clock()) < self._passed_at - _JUMP_SECONDS:
             self._passed, self._passed_at = min(self._passed, now), now
 
     def _claimed_with(self, newest: float) -> int:

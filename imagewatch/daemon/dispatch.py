@@ -26,7 +26,7 @@ from imagewatch.daemon.jobs import Job, Need
 from imagewatch.daemon.mailbox import Finished
 from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import NameTakenError, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +113,8 @@ class Dispatch:
             return True
         elif not self._may_claim():
             return False
-        else:
-            self._claim_next(name)
+        elif not self._claim_next(name):
+            return False  # it would be given the same prompt again and again
         self._intake.served(name)
         if claimed:
             self._intake.turns.join(name, self._intake.owner(name))
@@ -143,17 +143,26 @@ class Dispatch:
         may_go = self._may_offer() if self._team.is_on else self._may_send() and self._admission.has_room()
         return may_go and self._recovery.complete()
 
-    def _claim_next(self, name: str) -> None:
-        job, at = self._parts.spool.new_job(), self._parts.journal.clock()
-        candidate = self._intake.next(name, self._team.taken(), lambda one: self._admits(one, one.claim(job, at)))
+    def _claim_next(self, name: str) -> bool:
+        """Claim the oldest prompt of a first-level folder that may be claimed; return False if the journal failed."""
+        job, at, is_usable = self._parts.spool.new_job(), self._parts.journal.clock(), True
+
+        def admits(candidate: Candidate) -> bool | None:
+            nonlocal is_usable
+            is_admitted = self._admits(candidate, candidate.claim(job, at))
+            is_usable = is_admitted is not None
+            return is_admitted
+
+        candidate = self._intake.next(name, self._team.taken(), admits)
         if candidate is None:
-            return
+            return is_usable
         self._arrivals.claimed(candidate)
         if self._team.is_on:
             self._team.offer(candidate.claim(job, at))
-            return
-        start = functools.partial(self._parts.worker.start, candidate.claim(job, at))
-        self._submit(Job(job, candidate.key), start)
+        else:
+            start = functools.partial(self._parts.worker.start, candidate.claim(job, at))
+            self._submit(Job(job, candidate.key), start)
+        return True
 
     # A common inbox
 
@@ -193,7 +202,8 @@ class Dispatch:
         try:
             return self._parts.caps.admits(candidate, claim)
         except SpoolError as error:
-            self._parts.is_recovered = False  # its job may be recorded nevertheless, and would keep its name
+            if not isinstance(error, NameTakenError):
+                self._parts.is_recovered = False  # its job may be recorded nevertheless, and would keep its name
             self._admission.failed(error)
             return None
 

@@ -71,6 +71,7 @@ class Scanner:
         self._idle_at = monotonic()  # when no folder waited to be scanned last
         self._running: dict[str, tuple[str, Generator[None]]] = {}
         self._asked: set[str] = set()  # folders that are to be scanned before all is known
+        self._asked_again: set[str] = set()  # those of which a scan was under way then
         self._waits: set[str] = set()  # folders of which something may be ready later
         self.kind = ""
         self.is_complete = False
@@ -93,6 +94,7 @@ class Scanner:
         self._round_at, self.is_complete = 0.0, False
         self._complete_at = self._now() + _COMPLETE_SECONDS
         self._asked = {""}
+        self._asked_again.clear()
         self._waits.clear()
 
     # When
@@ -124,6 +126,8 @@ class Scanner:
             self._round_at = min(self._round_at, self._now())
         else:
             self._asked.add(key[0])
+            if any(path == key[0] for path, _ in self._running.values()):
+                self._asked_again.add(key[0])
             self._schedule.soon(key[0])
 
     def after_event(self, path: str) -> None:
@@ -235,8 +239,9 @@ class Scanner:
         return False
 
     def _scanned(self, folder: Folder) -> None:
-        if not self._schedule.is_waiting(folder.path):  # else it was asked for again, during this scan
+        if folder.path not in self._asked_again:
             self._asked.discard(folder.path)
+        self._asked_again.discard(folder.path)
         self._waits.discard(folder.path)
         # What was found in the pieces of the scan before the last one is to be waited for, too.
         dues = [found.due for found in (folder.found, folder.checked) if found and found.due is not None]
@@ -273,6 +278,7 @@ class Scanner:
         if name in self._running and path in {name, self._running[name][0]}:
             self._running.pop(name)[1].close()
         self._asked.discard(path)
+        self._asked_again.discard(path)
         self._waits.discard(path)
         self._schedule.forget(path)
         self._scan.order.forget(path)

@@ -24,7 +24,9 @@ _SMALL_BYTES: Final = 512
 _MOST_SMALL: Final = 1000
 _PAUSE: Final = 0.002
 _STOPPED_SECONDS: Final = 1.0
-"""A read that begins so long after the deadline shows that this process was stopped, or that a disk did not respond."""
+_STOPPED_SHARE: Final = 0.1
+"""If more time passed between two uses of the network, and less of it was spent working, this process was stopped, or a
+disk did not respond."""
 _LATE_SECONDS: Final = 10.0
 """For how long a response is read then: the other side could not send more than the system keeps for a connection."""
 _MOST_LATE_BYTES: Final = 16 * 1024 * 1024
@@ -67,6 +69,7 @@ class Call:
         self._received = self._late = 0
         self._late_until: float | None = None
         self._was_stopped = False
+        self.used()
         self._small = 0
 
     def __enter__(self) -> Self:
@@ -98,22 +101,32 @@ class Call:
         A response that was paid for may have come while this process was stopped, until after the deadline.
 
         Raises:
-            TimeoutError: The time is over, and what had arrived by then was read.
+            TimeoutError: The time is over, also for what had arrived by then.
         """
         now = time.monotonic()
         if now < self.at:
-            return self.left(most)
+            return self.at - now if most is None else min(most, self.at - now)
         if self._late_until is None:
-            self._was_stopped = now > self.at + _STOPPED_SECONDS
+            self._was_stopped = self._is_stopped(now)
             self._late_until = now + (_LATE_SECONDS if self._was_stopped else _STOPPED_SECONDS)
         if now >= self._late_until or (self._late >= _MOST_LATE_BYTES and not self._was_stopped):
             raise TimeoutError(self._why)
         return self._late_until - now if self._was_stopped else 0.0
 
+    def _is_stopped(self, now: float) -> bool:
+        passed = now - self._used_at
+        worked = time.thread_time() - self._worked
+        return passed > _STOPPED_SECONDS and worked < passed * _STOPPED_SHARE
+
     # Called by the connection
+
+    def used(self, seconds: float = 0.0) -> None:
+        """Note that the network was used, or is used for so many seconds at most."""
+        self._used_at, self._worked = time.monotonic() + seconds, time.thread_time()
 
     def connected(self) -> None:
         """Begin to count: there is another connection."""
+        self.used()
         self._is_connected, self._is_head, self._received, self._small = True, True, 0, 0
 
     def next_bytes(self, most: int) -> int:

@@ -112,23 +112,35 @@ class Stream(httpcore.NetworkStream):
         self._call.before_read()
         with _said(httpcore.ReadTimeout, httpcore.ReadError):
             most, seconds = self._call.next_bytes(max_bytes), self._call.left_to_read(timeout)
-        content = self._inner.read(most, seconds)
+        self._call.used(seconds)
+        try:
+            content = self._inner.read(most, seconds)
+        except httpcore.ReadTimeout as error:
+            content = self._arrived(most, error)
+        self._call.used()
         try:
             self._call.took(len(content))
         except OverrunError as error:
             raise httpcore.RemoteProtocolError(str(error)) from None
         return content
 
+    def _arrived(self, most: int, error: httpcore.ReadTimeout) -> bytes:
+        """Read what has arrived although the time is over: with TLS that is not looked at after a stop."""
+        try:
+            return self._inner.read(most, self._call.left_to_read(0.0))
+        except (TimeoutError, httpcore.TimeoutException, httpcore.NetworkError):
+            raise error from None
+
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Write all of it."""
-        if (
-            not buffer
-        ):  # the end of a request of known length: there is nothing to write that the deadline could prevent
+        # At the end of a request of known length there is nothing to write, which no deadline can prevent.
+        if not buffer:
             return
         with _said(httpcore.WriteTimeout, httpcore.WriteError):
             seconds = self._call.left(timeout)
         with self._call.sending():
             self._inner.write(buffer, seconds)
+        self._call.used()
 
     def close(self) -> None:
         """Close the inner stream, with TLS or without."""

@@ -182,19 +182,21 @@ class Pictures:
 
         Every one is tried before any is tried again: the urls of the good hosts expire while a bad one is waited for.
         """
-        until, rounds = self._now() + _FETCH_SECONDS, 0
+        until, rounds, is_last = self._now() + _FETCH_SECONDS, 0, False
         # What an earlier run has is durable; its url may not work twice.
         waiting = [one for one in wanted if not self._disk.tops.exists(one.path)]
         while waiting:
             for position, one in enumerate(waiting):
                 left = until - self._now()
-                if rounds <= 1 or left > 0:
+                if not rounds or left > 0 or is_last:
                     # Each gets a share of the time: a slow host must not use up the time of all.
                     self._try(one, round(max(left / (len(waiting) - position), _LEAST_SECONDS), 1))
             rounds += 1
             pause = min(0.25 * 2 ** min(rounds, 30), _LONGEST_PAUSE)
             waiting = [one for one in waiting if one.waits]
-            if not waiting or (rounds > 1 and self._now() + pause >= until):
+            # So late only if this process was stopped: then each has a second try nevertheless.
+            is_last = rounds == 1 and self._now() > until + _LEAST_SECONDS * len(wanted)
+            if not waiting or (self._now() + pause >= until and not is_last):
                 return
             for one in waiting:
                 _log.warning("download_failed", url=bare(one.url), reason=one.problem, tries=rounds)

@@ -232,11 +232,11 @@ class Sink:
         A file with a last line has all its images on the disk, whatever ends the process or the computer.
         """
         assert self._file is not None
-        if self._is_named:  # only that was not synced
-            self._disk.sync_folder(os.path.dirname(self._path))
+        if self._is_named and has_name(self._disk, self._file, self._path) and self._has_images():
+            self._disk.sync_folder(os.path.dirname(self._path))  # only that had failed
             return
-        has_names = has_name(self._disk, self._file, self._part) and (not self._frames or self._frames.is_there())
-        if self._is_suspect or not has_names:
+        self._is_named = False
+        if self._is_suspect or not (has_name(self._disk, self._file, self._part) and self._has_images()):
             self._write_again()
         self._is_suspect = True
         if self._frames:
@@ -255,6 +255,9 @@ class Sink:
         self._is_named = True
         if is_synced:
             self._disk.sync_folder(os.path.dirname(self._path))
+
+    def _has_images(self) -> bool:
+        return not self._frames or self._frames.is_there()
 
     def _write_again(self) -> None:
         """Write what the open files hold to a new one: one lost its name, or a failed sync may have lost its content.

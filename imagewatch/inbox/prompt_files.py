@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import os
 import stat
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.open_files import has_writer
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
 _JUMP_SECONDS = 1.0
-"""If the two clocks differ by more between two looks, the wall clock was set, or the machine was suspended."""
+"""If the wall clock advances by so much more than the other one, it was set, or the machine was suspended."""
+_MOST_JUMPS = 20
 _MOST_READ = 200
 """So many other prompts are read to find out whether a file is theirs."""
 _LARGE_BYTES = 64 << 20
@@ -46,14 +47,13 @@ class Moment:
         now: Monotonic time, seconds.
         wall: Wall-clock time, seconds since the epoch.
         clock: Returns the monotonic time; None: it is ``now``.
-        steady_at: Wall-clock time at which the wall clock was seen to be set to another time; a date before it says
-            nothing.
+        jumps: When the wall clock advanced by more than the monotonic one, and by how much, seconds; the newest ones.
     """
 
     now: float = 0.0
     wall: float = 0.0
     clock: Callable[[], float] | None = None
-    steady_at: float = -math.inf
+    jumps: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_MOST_JUMPS))
 
     def set(self, now: float, wall: float) -> None:
         """Set the present.
@@ -62,8 +62,9 @@ class Moment:
             now: Monotonic time, seconds.
             wall: Wall-clock time, seconds since the epoch.
         """
-        if self.now and abs((wall - self.wall) - (now - self.now)) > _JUMP_SECONDS:
-            self.steady_at = wall
+        jump = (wall - self.wall) - (now - self.now)
+        if self.now and jump > _JUMP_SECONDS:
+            self.jumps.append((wall, jump))
         self.now, self.wall = now, wall
 
     def after_look(self) -> float:
@@ -71,8 +72,12 @@ class Moment:
         return self.now if self.clock is None else self.clock()
 
     def since(self, changed: float) -> float:
-        """Return since when a file is unchanged, by its date, at the latest; seconds since the epoch."""
-        return max(changed, self.steady_at)
+        """Return since when a file is unchanged, as if the wall clock had never been set forward.
+
+        Args:
+            changed: Its date, seconds since the epoch.
+        """
+        return changed + sum(jump for at, jump in self.jumps if changed < at)
 
 
 class PromptFiles:
@@ -130,10 +135,8 @@ class PromptFiles:
                 found.comes_due(now + self._config.settle_seconds)
                 return name
             # Both by its date and by our own observation: dates may be in the future.
-            if (
-                max(wall - changed, now - folder.noted(self._config.settle_seconds).marks.setdefault(name, now))
-                < _BUSY_SECONDS
-            ):
+            seen_at = folder.noted(self._config.settle_seconds).marks.setdefault(name, now)
+            if max(wall - self._moment.since(changed), now - seen_at) < _BUSY_SECONDS:
                 return name
         return ""
 
@@ -141,7 +144,7 @@ class PromptFiles:
         """Return whether a transfer may still give a file its name; None if the file is not there."""
         with contextlib.suppress(OSError):
             changed = self._tops.lstat(self._folders.full(path_of(folder, name))).st_ctime
-            return self._moment.wall - changed < _BUSY_SECONDS
+            return self._moment.wall - self._moment.since(changed) < _BUSY_SECONDS
         return None
 
     def declared(self, folder: Folder, stem: str, state: FileState) -> tuple[str, ...] | None:

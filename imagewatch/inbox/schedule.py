@@ -88,10 +88,6 @@ class Schedule:
         self._at.pop(path, None)
         self._join(first_level(path), path)
 
-    def is_waiting(self, path: str) -> bool:
-        """Return whether a folder waits for its turn."""
-        return path in self._waiting.get(first_level(path), ())
-
     def soon_all(self, paths: Iterable[str]) -> None:
         """The same with many folders."""
         for path in paths:

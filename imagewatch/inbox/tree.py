@@ -282,9 +282,10 @@ class Folders:
         Also the first one since another file system was mounted there.
         """
         inbox, top = self.add(""), self.tops.opened(self._inbox)
-        if inbox.identity is None or (top is not None and not top.is_same_as(inbox.identity)):
-            with self._opened("") as descriptor, disk_errors(self._inbox, "check the folder"):
-                self._meet(inbox, os.fstat(descriptor), descriptor)
+        with disk_errors(self._inbox, "check the folder"):
+            if inbox.identity is None or (top is not None and not top.is_same_as(inbox.identity)):
+                with self._opened("") as descriptor:
+                    self._meet(inbox, os.fstat(descriptor), descriptor)
         return inbox.place
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -516,6 +517,17 @@ def test_a_prompt_with_the_time_of_a_server_counts_for_as_long_as_others_have_to
 def test_prompts_of_one_burst_count_together_though_the_daemon_was_stopped_in_the_middle_of_it(guard):
     guard.claim(100.0, 100.1, 100.2)
     assert guard.holds(130.0, 100.5, 100.6, 100.7)
+
+
+def test_what_was_claimed_long_ago_takes_no_memory_though_a_prompt_stays_in_the_inbox(guard):
+    tracemalloc.start()
+    sizes = []
+    for rounds in range(3):
+        guard.claim(*(1000.0 * rounds + 20 + 60.0 * number for number in range(1000)))
+        assert not guard.holds(guard.now, 1.0)
+        sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert sizes[2] - sizes[1] < 20_000
 
 
 def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_that_comes_after_it_was_set_back(guard):

@@ -10,7 +10,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpcore
 import pytest
+from httpcore._backends.sync import SyncStream
 from support.daemon import KEY, REMOTE_NAME
 from support.scripted import (
     Scripted,
@@ -362,6 +364,22 @@ def stop_after_sending(monkeypatch, seconds):
 def stopped_after_sending(monkeypatch):
     """The daemon is stopped right after the last byte of a request, and continues when the deadline has passed."""
     stop_after_sending(monkeypatch, 1.6)
+
+
+def test_a_response_that_arrived_while_its_read_was_given_up_is_published(tmp_path, monkeypatch):
+    """With TLS, a read that was stopped until its time was over ends without a look at what has arrived."""
+    read, calls = SyncStream.read, []
+
+    def stopped(stream, most, timeout=None):
+        calls.append(timeout)
+        if len(calls) == 1:
+            threading.Event().wait(3)
+            raise httpcore.ReadTimeout("timed out")
+        return read(stream, most, timeout)
+
+    monkeypatch.setattr(SyncStream, "read", stopped)
+    with served_by(tmp_path, responding(paid(IMAGE)), endpoint__deadline_seconds="1.5") as station:
+        published(station, IMAGE)
 
 
 @pytest.mark.usefixtures("stopped_after_sending")

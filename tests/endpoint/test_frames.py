@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -514,6 +515,25 @@ def test_a_response_that_has_its_name_stays_whole_though_its_folder_cannot_be_sy
             sink.finish(Tail(complete=False, reason="cut"))
     assert waits
     assert body_of(place.answer()) == MIXED
+
+
+class Moving(Disk):
+    """A disk of which a person moves the folder of the response away, right after that has its name."""
+
+    def replace(self, source, target):
+        super().replace(source, target)
+        if not os.path.exists(f"{os.path.dirname(target)}.away"):
+            os.rename(os.path.dirname(target), f"{os.path.dirname(target)}.away")
+
+
+def test_a_response_whose_folder_is_moved_away_when_it_has_its_name_is_written_again(place):
+    restore = functools.partial(os.makedirs, place.folder, exist_ok=True)
+    with contextlib.closing(place.sink(Moving(), restore=restore)) as sink:
+        sink.until = math.inf
+        sink.start(Head(status=400))
+        sink.write(b"not that")
+        sink.finish(Tail(complete=True, reason=""))
+    assert body_of(place.answer()) == b"not that"
 
 
 def test_a_large_image_takes_no_memory(place):

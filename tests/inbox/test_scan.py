@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import os
@@ -20,6 +21,8 @@ from imagewatch.inbox.candidate import Wait
 from imagewatch.inbox.open_files import has_writer
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.protocol.names import SiblingIndex
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import Descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,13 +98,13 @@ def test_a_clock_that_was_set_back_makes_nothing_ready_early(scanning):
 
 
 def test_a_prompt_that_came_before_the_clock_was_set_forward_has_to_settle(scanning):
+    scanning.wall -= 5
     scanning.scan_all()
-    scanning.scan_all(after=5)
-    scanning.write("cat.prompt.txt")
+    scanning.write("cat.prompt.txt")  # five seconds later
     scanning.now += 5
     scanning.wall += 7200
-    assert scanning.ready() == []
-    assert scanning.ready(after=5.1) == ["cat.prompt.txt"]
+    assert scanning.ready(after=1) == []
+    assert scanning.ready(after=4.1) == ["cat.prompt.txt"]
 
 
 @pytest.mark.parametrize("name", ["cat.prompt.txt", "cat.png", "cat.1.jpg"])
@@ -533,6 +536,18 @@ def test_a_folder_may_be_scanned_before_the_inbox_that_it_is_in(scanning):
     list(scanning.scan.scan_folder("people/ann"))
     assert scanning.scan.result().ignored == {}
     assert scanning.ready(after=60) == ["people/ann/cat.prompt.txt"]
+
+
+def test_an_inbox_that_cannot_be_looked_at_during_a_scan_is_an_error_of_the_scan(scanning, monkeypatch):
+    scanning.write("people/ann/cat.prompt.txt")
+    scanning.scan_all()
+
+    def fail(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Descriptor, "is_same_as", fail)
+    with pytest.raises(SpoolError, match="Stale file handle"):
+        scanning.scan_all()
 
 
 def test_links_are_neither_followed_nor_passed_over_in_silence(scanning, tmp_path_factory):
