@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _JUMP_SECONDS = 1.0
+"""A clock that goes back by more was set."""
 _LATEST_COUNT_SECONDS = 10.0
 """How long after it has settled a prompt is counted for the first time at the latest, seconds."""
 

@@ -52,15 +52,14 @@ class Descriptor:
 
     def is_same(self, status: os.stat_result) -> bool:
         """Return whether this is the folder that a path was found to point to."""
-        if self._identity is None:
-            mine = self.status()
-            self._identity = mine.st_dev, mine.st_ino
-        return (status.st_dev, status.st_ino) == self._identity
+        return self.is_same_as((status.st_dev, status.st_ino))
 
     def is_same_as(self, identity: tuple[int, int]) -> bool:
         """Return whether this is the folder of a device and an inode."""
-        mine = self.status()
-        return (mine.st_dev, mine.st_ino) == identity
+        if self._identity is None:
+            mine = self.status()
+            self._identity = mine.st_dev, mine.st_ino
+        return identity == self._identity
 
     def entries(self) -> os._ScandirIterator[str]:
         """Return what is in it, by a descriptor of its own; to be used in a ``with`` statement."""

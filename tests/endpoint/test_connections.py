@@ -101,6 +101,12 @@ def charge_unknown(station, originals, *texts):
     return error
 
 
+def silent(exchange):
+    """Read a request, and never respond."""
+    exchange.request()
+    exchange.linger()
+
+
 def published(station, image):
     """Process the prompts; check that this image was published."""
     drop(station, SMALL)
@@ -341,11 +347,7 @@ def test_the_charge_is_unknown_if_the_connection_ends_exactly_after_the_last_byt
 
 
 def test_the_charge_is_unknown_at_the_deadline_if_a_server_reads_and_never_responds(tmp_path):
-    def script(exchange):
-        exchange.request()
-        exchange.linger()
-
-    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
+    with served_by(tmp_path, silent, endpoint__deadline_seconds="1.5") as station:
         charge_unknown(station, SMALL, "not finished after 1.5 seconds")
 
 
@@ -385,11 +387,7 @@ def test_a_response_that_arrived_while_its_read_was_given_up_is_published(tmp_pa
 @pytest.mark.usefixtures("stopped_after_sending")
 @pytest.mark.parametrize("originals", [{"x.prompt.txt": "a cat"}, SMALL], ids=["a text", "with an image"])
 def test_the_charge_is_unknown_if_the_deadline_passes_right_after_the_last_byte(tmp_path, originals):
-    def script(exchange):
-        exchange.request()
-        exchange.linger()
-
-    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
+    with served_by(tmp_path, silent, endpoint__deadline_seconds="1.5") as station:
         charge_unknown(station, originals, "not finished after 1.5 seconds")
 
 
@@ -402,11 +400,7 @@ def test_the_charge_is_unknown_whatever_fails_after_the_last_byte(tmp_path, monk
 
     monkeypatch.setattr(Body, "__iter__", failing)
 
-    def script(exchange):
-        exchange.request()
-        exchange.linger()
-
-    with served_by(tmp_path, script) as station:
+    with served_by(tmp_path, silent) as station:
         charge_unknown(station, SMALL, "no response came: the disk failed")
 
 
@@ -451,11 +445,7 @@ def test_a_response_in_very_many_pieces_that_had_arrived_when_the_deadline_passe
 
 
 def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_responds(tmp_path):
-    def script(exchange):
-        exchange.request()
-        exchange.linger()
-
-    with served_by(tmp_path, script, endpoint__timeout_seconds="1") as station:
+    with served_by(tmp_path, silent, endpoint__timeout_seconds="1") as station:
         charge_unknown(station, SMALL, "timed out")
 
 
