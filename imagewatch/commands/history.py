@@ -15,11 +15,10 @@ from imagewatch.commands.balances import with_balances
 from imagewatch.commands.common import config_option, json_option, load_config
 from imagewatch.commands.ledger import open_ledger
 from imagewatch.commands.terminal import print_table, shown
-from imagewatch.daemon.status import iso
 from imagewatch.journal.budget import day_and_month
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system.errors import UsageError
-from imagewatch.system.text import amount, printable, to_json, utc
+from imagewatch.system.text import amount, iso, printable, to_json, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagewatch.commands.state import local_time, usable_journal
-from imagewatch.daemon.status import iso, shared_holds
+from imagewatch.daemon.status import shared_holds
 from imagewatch.journal.account import SHARED
 from imagewatch.journal.budget import day_and_month
 from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import UsageError
-from imagewatch.system.text import amount, printable
+from imagewatch.system.text import amount, iso, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

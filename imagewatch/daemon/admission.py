@@ -79,13 +79,11 @@ class Admission(HoldsThereAre):
         monotonic: Callable[[], float],
         is_at_work: Callable[[str], bool] = lambda _: False,
     ) -> None:
+        super().__init__(holds, clock, monotonic)
         self._on_change = on_change
         self._spool = spool
         self._journal = journal
         self._control = control
-        self._holds = holds
-        self._clock = clock
-        self._now = monotonic
         self.shared = SharedHolds(journal.account, holds, is_at_work, monotonic)
         self._key_stamp: Callable[[], object] = lambda: None
         self._key_step: Callable[[], str] = str
@@ -95,7 +93,7 @@ class Admission(HoldsThereAre):
         self._since = -math.inf
         self._ended: dict[str, float] = {}
         self.burst = BurstGuard(monotonic, clock)
-        self.announcements = Announcements(journal.events, clock, monotonic)
+        self.announcements = Announcements(journal.events, self.ends, clock, monotonic)
         self.stores = Stores(spool, journal)
         self.may_report, self.not_reported = holds.may_report, holds.not_reported
         self._broken: set[str] = set()

@@ -13,10 +13,9 @@ import contextlib
 import math
 from typing import TYPE_CHECKING
 
-from imagewatch.journal.events import iso
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
-from imagewatch.system.text import printable
+from imagewatch.system.text import iso, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,12 +33,20 @@ class Announcements:
 
     Args:
         events: The events.
+        ends: Returns when a hold ends, as text; None if only a person ends it.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
     """
 
-    def __init__(self, events: Events, clock: Callable[[], float], monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        events: Events,
+        ends: Callable[[Hold], str | None],
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
         self._events = events
+        self._ends = ends
         self._clock = clock
         self._now = monotonic
         self._grace_ends = monotonic() + _GRACE_SECONDS
@@ -116,14 +123,13 @@ class Announcements:
 
     def _page(self, hold: Hold, since: float) -> dict[str, object]:
         """Return what is known of a hold; the same names as in ``status.json``."""
-        is_endless = not math.isfinite(hold.until)
         return {
             "kind": hold.kind,
             "provider": hold.provider or None,
             "folder": printable(hold.folder) or None,
             "reason": printable(known.text(hold.reason.message)),
             "since": iso(since),
-            "next_try_at": None if is_endless else iso(self._clock() + hold.until - self._now()),
+            "next_try_at": self._ends(hold),
             "next": hold.reason.next,
         }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch.protocol.reasons import STORES
-from imagewatch.system.text import utc
+from imagewatch.system.text import iso
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -19,17 +19,41 @@ _log = structlog.get_logger()
 
 
 class HoldsThereAre:
-    """Answers questions about holds."""
+    """Answers questions about holds.
 
-    _holds: Holds
-    _clock: Callable[[], float]
-    _now: Callable[[], float]
+    Args:
+        holds: The holds.
+        clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds.
+    """
 
-    def ends(self, hold: Hold) -> str | None:
-        """Return when a hold ends or the next request is tried, as a UTC time; None if only a person ends it."""
+    def __init__(self, holds: Holds, clock: Callable[[], float], monotonic: Callable[[], float]) -> None:
+        self._holds = holds
+        self._clock = clock
+        self._now = monotonic
+        self._ends: dict[tuple[str, str, str], int] = {}
+
+    def end(self, hold: Hold) -> int | None:
+        """Return when a hold ends or the next request is tried.
+
+        The two clocks do not run exactly alike. So a time that was returned before is returned again while it differs
+        by a second at most: all who show a hold show the same time, until it is prolonged or the wall clock is set.
+
+        Returns:
+            Wall-clock time, the nearest whole second since the epoch; None if only a person ends the hold.
+        """
         if not math.isfinite(hold.until):
             return None
-        return utc(self._clock() + hold.until - self._now()).isoformat().replace("+00:00", "Z")
+        exact = self._clock() + hold.until - self._now()
+        whose = hold.kind, hold.provider, hold.folder
+        known = self._ends.get(whose)
+        if known is None or abs(exact - known) > 1:
+            known = self._ends[whose] = round(exact)
+        return known
+
+    def ends(self, hold: Hold) -> str | None:
+        """Return the same as ``end`` as text, in UTC."""
+        return iso(self.end(hold))
 
     def holds(self) -> list[Hold]:
         """Return all holds, also brief ones and those of single providers."""

@@ -93,29 +93,28 @@ class Content:
         shown = [hold for hold in self._parts.admission.holds() if not hold.brief or _is_long(hold, now)]
         before, self._walls = self._walls, {}
         for hold in shown:
-            for moment in filter(math.isfinite, (hold.began, hold.until)):
-                # Computed once: the two clocks do not run exactly alike.
-                known_time = before.get((hold.kind, moment))
-                self._walls[hold.kind, moment] = known_time or self._wall(hold, moment)
+            # Computed once: the two clocks do not run exactly alike.
+            key = hold.kind, hold.began
+            self._walls[key] = before.get(key) or self._wall(hold)
         return tuple(map(self._hold, shown))
 
-    def _wall(self, hold: Hold, moment: float) -> datetime:
-        """Return a monotonic time of a hold as a date; it may have begun before the start of this process."""
-        if moment == hold.began:
-            with contextlib.suppress(SpoolError):
-                since = self._parts.journal.requests.since()
-                if hold.kind in since:
-                    return notice.at(since[hold.kind])
-        return notice.at(self._parts.clock() + moment - self._parts.now())
+    def _wall(self, hold: Hold) -> datetime:
+        """Return when a hold began, maybe before the start of this process."""
+        with contextlib.suppress(SpoolError):
+            since = self._parts.journal.requests.since()
+            if hold.kind in since:
+                return notice.at(since[hold.kind])
+        return notice.at(self._parts.clock() + hold.began - self._parts.now())
 
     def _hold(self, hold: Hold) -> notice.HoldNotice:
+        end = self._parts.admission.end(hold)
         return notice.HoldNotice(
             kind=hold.kind,
             provider=hold.provider or None,
             folder=_name(hold.folder) if hold.folder else None,
             message=_text(_for_all(hold)),
-            since=self._walls.get((hold.kind, hold.began)),
-            next_try_at=self._walls.get((hold.kind, hold.until)),
+            since=self._walls[hold.kind, hold.began],
+            next_try_at=None if end is None else notice.at(end),
             next=_text(hold.reason.next),
         )
 

@@ -23,7 +23,7 @@ from imagewatch.journal.ledger import NO_TOTALS
 from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
-from imagewatch.system.text import amount, printable, to_json, utc
+from imagewatch.system.text import amount, iso, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -360,11 +360,6 @@ def kind(hold: Mapping[str, Any]) -> str:
     if folder:
         return f"{hold['kind']}, folder {folder}"
     return f"{hold['kind']}, {provider}" if provider else str(hold["kind"])
-
-
-def iso(seconds: float | None) -> str | None:
-    """Return a time in seconds since the epoch as people and programs both read it, in UTC."""
-    return None if seconds is None else utc(seconds).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def moment(text: str) -> datetime:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
-from imagewatch.system.text import amount, printable, to_json, utc, whole
+from imagewatch.system.text import amount, iso, printable, to_json, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -367,8 +367,3 @@ def page_of(event: Event) -> dict[str, object]:
     """Return the content of an event that is JSON."""
     found = json.loads(event.content)
     return found if isinstance(found, dict) else {}
-
-
-def iso(seconds: float) -> str:
-    """Return a time in seconds since the epoch as text, in UTC."""
-    return utc(seconds).isoformat(timespec="seconds").replace("+00:00", "Z")

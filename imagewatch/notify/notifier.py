@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from imagewatch.journal.events import iso
 from imagewatch.notify import payload
 from imagewatch.notify.command import Command
 from imagewatch.system.errors import ConfigError, SpoolError
+from imagewatch.system.text import iso
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -10,9 +10,9 @@ import tomllib
 from datetime import datetime
 from typing import Any
 
-from imagewatch.journal.events import Event, iso, page_of
+from imagewatch.journal.events import Event, page_of
 from imagewatch.system.masking import known
-from imagewatch.system.text import amount, printable, to_json
+from imagewatch.system.text import amount, iso, printable, to_json
 
 SCHEMA = 1
 _LONGEST_TEXT = 1000

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,3 +93,12 @@ def utc(seconds: float) -> datetime:
     """Return a wall-clock time in seconds since the epoch as UTC, to the millisecond."""
     moment = datetime.fromtimestamp(seconds, tz=UTC)
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+@overload
+def iso(seconds: float) -> str: ...
+@overload
+def iso(seconds: float | None) -> str | None: ...
+def iso(seconds: float | None) -> str | None:
+    """Return a wall-clock time in seconds since the epoch as text in UTC, in whole seconds; None without one."""
+    return None if seconds is None else utc(seconds).isoformat(timespec="seconds").replace("+00:00", "Z")
