@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import stat
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from imagewatch.journal.control import Control
 from imagewatch.protocol.names import ERROR, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
+from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
@@ -271,11 +273,11 @@ class Retry:
 
     def _move(self, failed: Failed, there: list[tuple[str, str]]) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)
+        leftovers.remove(self._disk, [target], {})
         for number, (path, new) in enumerate(there):
-            temporary, mtime_ns = (
-                os.path.join(target, f".iw-{failed.job}.{number}.tmp"),
-                0 if new.endswith(SUFFIX) else None,
-            )
+            # Two people may retry a prompt at the same moment, maybe on two hosts: each copy has a name of its own.
+            name = f".iw-{failed.job}.{number}.{secrets.randbelow(10**18)}.tmp"
+            temporary, mtime_ns = os.path.join(target, name), 0 if new.endswith(SUFFIX) else None
             try:
                 self._disk.carry(path, new, temporary, mtime_ns=mtime_ns)
             except FileExistsError:

@@ -309,7 +309,7 @@ class Admission(HoldsThereAre):
         if self._knows_holds:
             return
         self._control.adopt()
-        self.burst.let_pass(self._control.passed())
+        self.burst.resume(self._control.passed())
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)

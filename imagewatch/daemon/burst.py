@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _JUMP_SECONDS = 1.0
 """A clock that goes back by more was set."""
+_AHEAD_SECONDS = 60.0
+"""How far ahead of our clock that of a server may be, seconds."""
 _LATEST_COUNT_SECONDS = 10.0
 """How long after it has settled a prompt is counted for the first time at the latest, seconds."""
 
@@ -64,6 +66,14 @@ class BurstGuard:
         self._passed, self._passed_at = until, self._clock()
         self._returned.clear()
         self.forget()
+
+    def resume(self, until: float) -> None:
+        """Count nothing that came up to the time that an earlier process had let pass, seconds since the epoch.
+
+        A time that is far ahead is not taken over: the clock was set back since, and nothing would be counted.
+        """
+        now = self._clock()
+        self.let_pass(until if until <= now + _AHEAD_SECONDS else now)
 
     def forget(self) -> None:
         """Ask again which prompts are finished: the ledger may be another one."""

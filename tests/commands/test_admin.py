@@ -15,7 +15,9 @@ import sqlite3
 import tempfile
 import threading
 import time
+import tomllib
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -463,10 +465,16 @@ class Guard:
     """A burst guard of three prompts within five seconds, by a clock that the test sets."""
 
     def __init__(self, station: Station) -> None:
-        self.now, self.ahead, self._holds = 0.0, 0.0, Holds()
+        self._station = station
+        self.now, self.ahead = 0.0, 0.0
         self.control = Control(str(station.state), Disk(), station.journal.requests)
+        self.restart()
+
+    def restart(self) -> None:
+        """Continue as another process."""
+        spool, journal, self._holds = self._station.spool, self._station.journal, Holds()
         wall, clock = lambda: self.now + self.ahead, lambda: self.now
-        self.gate = Admission(station.spool, station.journal, self.control, self._holds, lambda **_: None, wall, clock)
+        self.gate = Admission(spool, journal, self.control, self._holds, lambda **_: None, wall, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None, str)
 
     def claim(self, *times: float, is_dated: bool = True) -> None:
@@ -539,6 +547,28 @@ def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_that_comes_after_
     assert not guard.holds(150.0, 99.0, 99.1, 99.2, 99.3)
     guard.gate.follow()
     assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3)
+
+
+def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_after_a_restart(guard):
+    guard.control.prepare()
+    guard.now, guard.ahead = 100.0, 864_000.0
+    guard.control.release()
+    guard.gate.follow()
+    guard.now, guard.ahead = 150.0, 0.0
+    guard.restart()
+    guard.gate.follow()
+    assert not guard.holds(160.0, 99.0, 99.1, 99.2, 99.3)
+    assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3)
+
+
+def test_what_a_release_let_pass_passes_after_a_restart_though_the_clock_of_a_server_is_ahead(guard):
+    guard.control.prepare()
+    assert guard.holds(100.0, 130.0, 130.1, 130.2, 130.3)
+    guard.control.release()
+    guard.gate.follow(130.3)
+    guard.restart()
+    guard.gate.follow()
+    assert not guard.holds(101.0, 130.0, 130.1, 130.2, 130.3)
 
 
 def test_the_ledger_is_read_once_for_redelivered_prompts(guard):
@@ -1050,6 +1080,24 @@ def test_a_retry_that_was_killed_after_it_moved_the_prompt_is_finished_by_the_ne
     result = command(folders, "retry", "cat")
     assert (result.returncode, result.stdout) == (0, "cat: back in the inbox\n")
     assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
+
+
+def test_retries_at_the_same_moment_do_not_disturb_each_other(tmp_path, sandbox):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    with tempfile.TemporaryDirectory(dir=memory) as errors:
+        folders = Folders(tmp_path, sandbox.base_url, folders__errors=errors)
+        folders.prompt("cat", "[sandbox: 400] No")
+        assert command(folders, "once").returncode == 1
+        job = tomllib.loads((Path(errors) / "cat.error.toml").read_text())["job"]
+        copy = folders.drop(f".iw-{job}.0.tmp", "half of the file that another retry copies")
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(lambda _: command(folders, "retry", "cat"), range(4)))
+        assert any(result.returncode == 0 for result in results)
+        assert folders.names("inbox") == [copy.name, "cat.prompt.txt"]
+        assert (folders.inbox / "cat.prompt.txt").read_text() == "[sandbox: 400] No"
+        assert list(Path(errors).iterdir()) == []
 
 
 def test_names_that_are_not_utf8_go_back_unchanged_even_if_the_name_existed(folders, sandbox):
