@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from imagewatch.commands.queue_state import SILENT
 from imagewatch.gallery.decoder import Decoder, NoThumbnail, Patience
 from imagewatch.system.text import printable
 
@@ -84,18 +85,24 @@ class Answers:
         if cost and job.result_file:
             answer["credits_charged"] = _number(job.facts.get("credits_charged"))
         if not job.is_over:
-            answer["queue"] = self.queue()
+            answer["queue"] = self.queue(job)
             if answer["queue"]["state"] in {"on_hold", "not_running"}:
                 answer["message"] = _STOPPED
         return answer
 
-    def queue(self) -> dict[str, Any]:
-        """Return whether the daemon runs, why prompts are not sent, and which prompts wait."""
+    def queue(self, job: Job | None = None) -> dict[str, Any]:
+        """Return whether the daemon runs, why prompts are not sent, and which prompts wait.
+
+        Args:
+            job: A job that is not over, if it is about one.
+        """
         found = self._jobs.last_status()
         if found is None:
             return {"state": "unknown", "message": "There is no status file. Ask the user to run: imagewatch status"}
         if found.state == "stopped" or found.is_overdue(time.time()):
             return {"state": "not_running", "message": "The daemon is not running; prompts wait until it is started."}
+        if job and self._jobs.is_silent(job, found):
+            return {"state": "not_running", "message": f"{SILENT[0].upper()}{SILENT[1:]}. Ask the user to check it."}
         return _queue(found)
 
     def previews(self, job: Job) -> list[bytes]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from imagewatch.commands.drop import NAMED, Delivery, SubmitRequest, folder_of
 from imagewatch.commands.name_notes import Note, Notes
+from imagewatch.commands.queue_state import silent_seconds
 from imagewatch.commands.wait import image_names, may_be_of, read_facts
 from imagewatch.config.locate import refusal
 from imagewatch.protocol import notice
@@ -64,6 +65,7 @@ class Job:
         result_file: Path of the receipt or error file, or an empty string.
         images: Paths of the images.
         facts: Keys of the result file.
+        dropped_at: When a prompt that waits was dropped, seconds since the epoch; None if that is not known.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Job:
     result_file: str = ""
     images: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    dropped_at: float | None = None
 
     @property
     def is_over(self) -> bool:
@@ -149,7 +152,7 @@ class NamedJobs:
         if note and note.is_canceled:
             return Job(name, "canceled")
         if self._notes.is_waiting(name):
-            return Job(name, "waiting")
+            return Job(name, "waiting", dropped_at=note.at if note else None)
         if note and self._notes.is_staged(note) is not None:
             return Job(name, "not_dropped" if self._is_interrupted(note) else "in_progress")
         return self._claimed(name, note)
@@ -204,6 +207,12 @@ class NamedJobs:
         """Return what the status file in the folders says, or None if there is none that can be read."""
         folder = self._config.folders.notice
         return notice.read(folder) if folder else None
+
+    def is_silent(self, job: Job, status: notice.Notice) -> bool:
+        """Return whether a prompt waits for so long that a daemon would have written its status again, and has not."""
+        if job.dropped_at is None or status.written_at.timestamp() >= int(job.dropped_at):
+            return False
+        return self._clock() - job.dropped_at >= silent_seconds(self._config.inbox)
 
     def open_image(self, path: str) -> FileIO:
         """Open an image of a finished job for reading.

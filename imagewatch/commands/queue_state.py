@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from imagewatch.config.schema import Config
+    from imagewatch.config.schema import Config, Inbox
     from imagewatch.protocol.notice import HoldNotice, Notice
 
 _NOT_RUNNING = "ask the administrator to start it"
-_SILENT = "the daemon is probably not running: it has not written its status since the prompt was dropped"
+SILENT = "the daemon is probably not running: it has not written its status since the prompt was dropped"
 _SILENT_SECONDS = 30.0
 """A daemon finds a prompt after ``settle_seconds`` and ``rescan_seconds`` at most, and then has this long to write."""
 
@@ -43,6 +43,11 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     next: str
     since: datetime | None = None
     next_try_at: datetime | None = None
+
+
+def silent_seconds(inbox: Inbox) -> float:
+    """Return how many seconds after a prompt was dropped a daemon that runs has certainly written its status again."""
+    return inbox.settle_seconds + inbox.rescan_seconds + _SILENT_SECONDS
 
 
 class QueueReport:
@@ -72,8 +77,7 @@ class QueueReport:
         self._clock = clock
         self._print = print_line
         self._reported: tuple[str, str] | None = None
-        inbox = config.inbox
-        self._silent_seconds = inbox.settle_seconds + inbox.rescan_seconds + _SILENT_SECONDS
+        self._silent_seconds = silent_seconds(config.inbox)
         page = self._page()
         self._written_before = page.written_at if page else None
         self._dropped_at: float | None = None
@@ -91,7 +95,7 @@ class QueueReport:
         if not page.is_running(self._clock()):
             return _not_running(page)
         if self._is_silent(page):
-            return QueueState(state="not_running", message=_SILENT, next=_NOT_RUNNING)
+            return QueueState(state="not_running", message=SILENT, next=_NOT_RUNNING)
         holds = [hold for hold in page.holds if self._concerns(hold)]
         return _on_hold(holds[0]) if holds else None
 

@@ -482,6 +482,29 @@ def test_a_daemon_that_is_stopped_or_overdue_is_reported(agent, folders):
     assert agent.call("list_waiting").structured_content["state"] == "unknown"
 
 
+def test_a_prompt_that_a_killed_daemon_has_not_seen_is_reported(folders):
+    now = time.time()
+    running = {"state": "running", "holds": (), "next_writing_at": notice.at(now + 86_400)}
+    hold(folders.root, **running, written_at=notice.at(now - 60))
+    passed = 0.0
+    images = AllowedImages([str(folders.root)], 1 << 20)
+    jobs = NamedJobs(folders.config(), "", images, blind=True, clock=lambda: now + passed)
+    answers = Answers(jobs)
+    job = jobs.create("cat", "A cat", {}, [])
+    assert answers.job(job)["queue"]["state"] == "running"
+    inbox = folders.config().inbox
+    passed = inbox.settle_seconds + inbox.rescan_seconds + 29.0
+    assert answers.job(jobs.find("cat"))["queue"]["state"] == "running"
+    passed += 2.0
+    answer = answers.job(jobs.find("cat"))
+    assert answer["queue"]["state"] == "not_running"
+    assert answer["queue"]["message"].startswith("The daemon is probably not running: it has not written its status")
+    assert "report the reason" in answer["message"]
+    assert answers.queue()["state"] == "running"
+    hold(folders.root, **running, written_at=notice.at(now))
+    assert answers.job(jobs.find("cat"))["queue"]["state"] == "running"
+
+
 def test_all_prompts_of_a_server_go_into_its_folder(agent, folders, start):
     start(folders, "run")
     result = agent.call("create_image", "--folder", "agents", name="cat", prompt="A cat")
