@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from imagewatch.job.result_files import result_file
 from imagewatch.protocol.names import RECEIPT, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Destination, Move
+from imagewatch.system.disk_moves import nothing
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.shared import Together
 from imagewatch.system.text import printable
@@ -148,8 +149,15 @@ class Delivery:
             tag = claim.job
         return tuple(Move(source=f"claim/{name}", name=tagged(name, claim.stem, tag)) for name in present)
 
-    def deliver(self, claim: Claim, decision: Decision) -> None:
+    def deliver(self, claim: Claim, decision: Decision, check: Callable[[], object]) -> None:
         """Put a decision's files where they go, and the result file last.
+
+        Args:
+            claim: The job.
+            decision: How it ended.
+            check: Raises an error if another daemon has the job. Called right before each name appears, when the file
+                has its temporary name. The other one removes that name first, so that no daemon publishes a file which
+                the other one has published, also if it is stopped after the check.
 
         Raises:
             FileExistsError: A name exists since the decision; decide again and repeat.
@@ -159,13 +167,14 @@ class Delivery:
         with self._folders.reached(folder):
             if any(move.source.startswith("claim/") for move in decision.moves):
                 self._originals.leave(self._folders.inbox_folder(claim))
-            self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
+            self._carry_all(claim, decision.moves, folder, decision.mtime_ns, check)
             target = os.path.join(folder, decision.name)
             self._disk.publish(
                 target,
                 self._temporary(folder, claim, "d"),
                 decision.result_file.encode(),
                 self._folders.permissions.apply,
+                check,
             )
 
     def expect(self, job: str) -> None:
@@ -288,7 +297,14 @@ class Delivery:
         place, _, name = move.source.partition("/")
         return self._folders.original(claim, name) if place == "claim" else self._folders.record(claim.job).path(name)
 
-    def _carry_all(self, claim: Claim, moves: tuple[Move, ...], folder: str, mtime_ns: int) -> None:
+    def _carry_all(
+        self,
+        claim: Claim,
+        moves: tuple[Move, ...],
+        folder: str,
+        mtime_ns: int,
+        check: Callable[[], object] = nothing,
+    ) -> None:
         """Move files to a destination. Files that we created get our permissions, originals keep their own.
 
         The prompt gets a new mtime, so that moving it back into the inbox makes a new job: with its old one it would
@@ -307,6 +323,7 @@ class Delivery:
                 None if dropped else self._folders.permissions.apply,
                 mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
                 is_durable=move.source.startswith(_DURABLE),
+                check=check,
             )
 
     def _is_there(self, source: str, target: str) -> bool:

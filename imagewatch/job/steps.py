@@ -184,7 +184,7 @@ class Steps:
         assert decision is not None
         self.common.require_held(job.id)
         try:
-            self._spool.delivery.deliver(job.claim, decision)
+            self._spool.delivery.deliver(job.claim, decision, lambda: self.common.require_held(job.id))
             job.record.mark_over()
         except FileExistsError:
             job.record.decide(self._completion.renamed(job.claim, decision))

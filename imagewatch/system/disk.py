@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 from imagewatch.system.disk_calls import DiskCalls
 from imagewatch.system.disk_errors import closing, disk_errors
-from imagewatch.system.disk_moves import Moves
+from imagewatch.system.disk_moves import Moves, nothing
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -121,7 +121,14 @@ class Disk(Moves):
                 self.unlink(temporary)
             raise
 
-    def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None]) -> None:
+    def publish(
+        self,
+        target: str,
+        temporary: str,
+        content: bytes,
+        finish: Callable[[int], None],
+        check: Callable[[], object] = nothing,
+    ) -> None:
         """Write a small file durably under a name that must be free; the same content there already is done.
 
         Args:
@@ -129,6 +136,7 @@ class Disk(Moves):
             temporary: A name of our own in the same folder.
             content: What is in it.
             finish: Called with the descriptor before the name appears, to set mode and group.
+            check: Called right before the name appears, when the file has its temporary name; it may raise.
 
         Raises:
             FileExistsError: The target is something else.
@@ -139,6 +147,7 @@ class Disk(Moves):
                     file.write(content)
                     finish(file.fileno())
                 self.sync(file, target)
+                check()
                 self._name(file, temporary, target)
         except BaseException:
             with contextlib.suppress(SpoolError):

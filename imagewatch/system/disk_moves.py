@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _COPY_BYTES = 1 << 20
 
 
+def nothing() -> None:
+    """Check nothing."""
+
+
 class Moves(DiskCalls):
     """Moves and comparisons of files."""
 
@@ -45,6 +49,7 @@ class Moves(DiskCalls):
         *,
         mtime_ns: int | None = None,
         is_durable: bool = False,
+        check: Callable[[], object] = nothing,
     ) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
 
@@ -57,24 +62,23 @@ class Moves(DiskCalls):
             finish: Called with the descriptor before the name appears, to set mode and group.
             mtime_ns: The mtime that it gets, 0 for the present. A file of which we may not set it is copied.
             is_durable: Whether its content is durable already, so that it is synced only if mode or group change.
+            check: Called right before the name appears, when a copy has its temporary name; it may raise.
 
         Raises:
             FileExistsError: The target is something else.
         """
-        file = self._readable(source)
-        if file is None:
+        if (file := self._readable(source)) is None:
             self._carry_special(source, target)
             return
         with file:
             is_synced = not self._finish(file, target, finish) and is_durable
-            is_secret = self._is_private(file, source)
-            is_movable = mtime_ns is None or is_secret or self.touch(source, mtime_ns)
+            is_movable = mtime_ns is None or self._is_private(file, source) or self.touch(source, mtime_ns)
             if not is_synced:
                 self.sync(file, source)
+            check()
             if not (is_movable and self._moved(file, source, target)):
-                self._require_public(source, is_secret=is_secret)
-                self._copy(file, target, temporary, finish, mtime_ns or 0)
-                self.sync_folder(os.path.dirname(target))
+                self._require_public(file, source)
+                self._copy(file, target, temporary, finish, mtime_ns or 0, check)
                 self.unlink(source)
 
     @staticmethod
@@ -91,9 +95,9 @@ class Moves(DiskCalls):
         with disk_errors(path, "check the folder"):
             return is_private(os.fstat(file.fileno()), self.tops.folder(os.path.dirname(path)).status())
 
-    def _require_public(self, path: str, *, is_secret: bool) -> None:
+    def _require_public(self, file: IO[bytes], path: str) -> None:
         """Refuse to copy a hard link to a private file: the copy has one name, and passes for a file like any other."""
-        if is_secret:
+        if self._is_private(file, path):
             with disk_errors(path, "copy a hard link to a private file"):
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
 
@@ -137,7 +141,13 @@ class Moves(DiskCalls):
         self.unlink(source)
 
     def _copy(
-        self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None, mtime_ns: int
+        self,
+        file: IO[bytes],
+        target: str,
+        temporary: str,
+        finish: Callable[[int], None] | None,
+        mtime_ns: int,
+        check: Callable[[], object],
     ) -> None:
         try:
             with closing(self.replace_leftover(temporary), target) as copy:
@@ -151,13 +161,18 @@ class Moves(DiskCalls):
                         copy.flush()
                         os.utime(copy.fileno(), ns=(mtime_ns, mtime_ns))
                 self.sync(copy, target)
+            check()
             try:
                 self.rename(temporary, target)
             except FileExistsError:
                 if not self._same(file, target):
                     raise
+            except OSError:
+                with disk_errors(target, "rename"):
+                    raise
         finally:
             self.unlink(temporary)
+        self.sync_folder(os.path.dirname(target))
 
     def same(self, path: str, other: str) -> bool:
         """Return whether two files have the same mtime and bytes; the other one is then durable."""

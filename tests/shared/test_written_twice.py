@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.losing import PowerCut
 
+from imagewatch.job.outcome import End
 from imagewatch.system.disk_moves import Moves
 from shared import test_handing_over as handing
 
@@ -81,7 +82,7 @@ def test_an_image_is_whole_although_a_daemon_that_lost_the_job_copies_it_too_and
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfileobj", half)
             with pytest.raises(PowerCut):
-                one.spool.delivery.deliver(claim, decision)
+                one.spool.delivery.deliver(claim, decision, lambda: None)
 
     peers.let_take_over(two)
     two.disk.before["rename|/outbox/cat.j"] = late
@@ -101,6 +102,33 @@ def test_what_a_killed_daemon_was_publishing_is_removed_by_the_one_that_takes_th
     assert list(one.outbox.glob(".iw-*")) == []
     size, said = published(one)
     assert size == said
+
+
+MOMENTS = ("create|/outbox/.iw-", "sync|/outbox/cat.j", "rename|/outbox/cat.j")
+RECEIPT_MOMENTS = ("sync|/outbox/cat.receipt.toml", "rename|/outbox/cat.receipt.toml")
+
+
+@pytest.mark.usefixtures("other_file_system")
+@pytest.mark.parametrize("moment", MOMENTS + RECEIPT_MOMENTS)
+def test_what_a_daemon_was_publishing_when_it_was_stopped_does_not_appear_after_a_reader_took_what_another_published(
+    peers: Peers, moment: str
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    read: list[str] = []
+
+    def stopped_meanwhile() -> None:
+        one.disk.before.clear()
+        assert two.finish(peers.let_take_over(two)).destination == "outbox"
+        for path in one.outbox.glob("cat.*"):
+            read.append(path.suffix)
+            path.unlink()
+
+    one.disk.before[moment] = stopped_meanwhile
+    one.prompt("cat", "a cat")
+    assert one.start().end is End.NOTHING
+    assert sorted(read) == [".jpg", ".toml"]
+    assert one.names("outbox") == []
+    assert peers.outcomes() == ["completed"]
 
 
 def test_a_response_that_two_daemons_hand_over_is_whole_although_one_of_them_is_killed(peers: Peers) -> None:
