@@ -25,7 +25,7 @@ from support.daemon import until
 from gallery.test_gallery import Shelf, chunk, command, page_data, plain_image
 from imagewatch.config.load import load
 from imagewatch.gallery import Gallery
-from imagewatch.gallery.decoder import Patience
+from imagewatch.gallery.decoder import UNPRIVILEGED_ID, Patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -256,8 +256,10 @@ def limits(process: int) -> dict[str, str]:
 
 
 def is_confined(process: int) -> bool:
+    """Return whether a decoder has dropped its rights, its user last."""
     with contextlib.suppress(OSError):
-        return limits(process)["Max file size"] == "0"
+        has_user = os.geteuid() != 0 or os.stat(f"/proc/{process}").st_uid == UNPRIVILEGED_ID
+        return has_user and limits(process)["Max file size"] == "0"
     return False
 
 
@@ -268,7 +270,7 @@ def test_a_decoder_has_little_memory_no_files_and_not_the_key(decoding):
     assert b"LETTA_API_KEY" not in Path(f"/proc/{decoder}/environ").read_bytes()
     assert len(list(Path(f"/proc/{decoder}/fd").iterdir())) <= 4  # its parent, nothing twice, the image
     if os.geteuid() == 0:
-        assert set(os.stat(f"/proc/{decoder}")[4:6]) == {65534}
+        assert set(os.stat(f"/proc/{decoder}")[4:6]) == {UNPRIVILEGED_ID}
 
 
 def test_a_killed_decoder_costs_one_thumbnail_until_the_next_run(shelf: Shelf, decoding):
