@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from imagewatch.journal.holds import Hold, Holds
 
+_SAME_SECONDS = 1.0
+"""An end that is computed again, as that of a cap is, and differs by no more is the same."""
+_SET_SECONDS = 60.0
+"""If the two clocks differ by more than before, the wall clock was set."""
 _log = structlog.get_logger()
 
 
@@ -31,13 +35,13 @@ class HoldsThereAre:
         self._holds = holds
         self._clock = clock
         self._now = monotonic
-        self._ends: dict[tuple[str, str, str], int] = {}
+        self._ends: dict[tuple[str, str, str], tuple[float, int]] = {}
 
     def end(self, hold: Hold) -> int | None:
         """Return when a hold ends or the next request is tried.
 
         The two clocks do not run exactly alike. So a time that was returned before is returned again while it differs
-        by a second at most: all who show a hold show the same time, until it is prolonged or the wall clock is set.
+        by little: all who show a hold show the same time, until it is prolonged or the wall clock is set.
 
         Returns:
             Wall-clock time, the nearest whole second since the epoch; None if only a person ends the hold.
@@ -46,10 +50,11 @@ class HoldsThereAre:
             return None
         exact = self._clock() + hold.until - self._now()
         whose = hold.kind, hold.provider, hold.folder
-        known = self._ends.get(whose)
-        if known is None or abs(exact - known) > 1:
-            known = self._ends[whose] = round(exact)
-        return known
+        until, shown = self._ends.get(whose, (math.inf, 0))
+        if abs(exact - shown) > (_SET_SECONDS if until == hold.until else _SAME_SECONDS):
+            shown = round(exact)
+        self._ends[whose] = hold.until, shown
+        return shown
 
     def ends(self, hold: Hold) -> str | None:
         """Return the same as ``end`` as text, in UTC."""

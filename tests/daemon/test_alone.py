@@ -14,7 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -480,10 +480,10 @@ def test_a_bug_while_the_originals_of_one_job_are_kept_leaves_those_of_the_other
         delivery, stems = station.spool.delivery, ("cat", "dog")
         carry_all = delivery._carry_all
 
-        def slip(claim: Claim, moves: tuple[Move, ...], folder: str, mtime_ns: int) -> None:
+        def slip(claim: Claim, moves: tuple[Move, ...], folder: str, *more: Any) -> None:
             if folder == str(station.archive) and claim.stem == "cat":
                 raise RuntimeError("a slip")
-            carry_all(claim, moves, folder, mtime_ns)
+            carry_all(claim, moves, folder, *more)
 
         delivery._carry_all = slip  # type: ignore[method-assign]
         delivery.expect("another")  # so that the two wait for each other

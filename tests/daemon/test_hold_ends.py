@@ -49,6 +49,16 @@ def test_the_same_end_is_shown_while_a_cap_is_compared_again_and_again():
         assert clocks.ends() == "2026-12-01T00:00:00Z"
 
 
+def test_the_same_end_of_the_same_hold_is_shown_however_the_clocks_drift():
+    clocks = Clocks()
+    clocks.holds.add(Reason("key", "the key was refused", 3600), clocks.monotonic)
+    before = clocks.ends()
+    for _ in range(30):
+        clocks.monotonic += 100
+        clocks.wall += 101.5
+        assert clocks.ends() == before
+
+
 def test_the_end_changes_when_a_hold_is_prolonged_or_the_clock_is_set():
     clocks = Clocks()
     clocks.holds.add(Reason("key", "the key was refused", 60), clocks.monotonic)
