@@ -102,7 +102,8 @@ class Answers:
         if found.state == "stopped" or found.is_overdue(time.time()):
             return {"state": "not_running", "message": "The daemon is not running; prompts wait until it is started."}
         if job and self._jobs.is_silent(job, found):
-            return {"state": "not_running", "message": f"{SILENT[0].upper()}{SILENT[1:]}. Ask the user to check it."}
+            message = f"{SILENT[0].upper()}{SILENT[1:]}. Ask the user to check it."
+            return _queue(found) | {"state": "not_running", "message": message}
         return _queue(found)
 
     def previews(self, job: Job) -> list[bytes]:

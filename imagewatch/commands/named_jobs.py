@@ -31,6 +31,7 @@ from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
     from io import FileIO
 
     from imagewatch.commands.allowed_images import AllowedImages
@@ -65,7 +66,6 @@ class Job:
         result_file: Path of the receipt or error file, or an empty string.
         images: Paths of the images.
         facts: Keys of the result file.
-        dropped_at: When a prompt that waits was dropped, seconds since the epoch; None if that is not known.
     """
 
     name: str
@@ -73,7 +73,6 @@ class Job:
     result_file: str = ""
     images: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    dropped_at: float | None = None
 
     @property
     def is_over(self) -> bool:
@@ -110,6 +109,8 @@ class NamedJobs:
         self._blind = blind
         self._clock = clock
         self._notes = Notes(config.folders.inbox, self._folder)
+        # When the status was written before a prompt was dropped, and when that was.
+        self._dropped: dict[str, tuple[datetime | None, float]] = {}
         self._tops = Tops.of(config.folders.outbox)
 
     def create(self, name: str, text: str, options: Mapping[str, Any], images: Sequence[str]) -> Job:
@@ -152,7 +153,8 @@ class NamedJobs:
         if note and note.is_canceled:
             return Job(name, "canceled")
         if self._notes.is_waiting(name):
-            return Job(name, "waiting", dropped_at=note.at if note else None)
+            return Job(name, "waiting")
+        self._dropped.pop(name, None)
         if note and self._notes.is_staged(note) is not None:
             return Job(name, "not_dropped" if self._is_interrupted(note) else "in_progress")
         return self._claimed(name, note)
@@ -209,10 +211,14 @@ class NamedJobs:
         return notice.read(folder) if folder else None
 
     def is_silent(self, job: Job, status: notice.Notice) -> bool:
-        """Return whether a prompt waits for so long that a daemon would have written its status again, and has not."""
-        if job.dropped_at is None or status.written_at.timestamp() >= int(job.dropped_at):
+        """Return whether a prompt waits for so long that a daemon would have written its status again, and has not.
+
+        Only known of what this process has dropped: the clock of the daemon may be another one.
+        """
+        if job.state != "waiting" or job.name not in self._dropped:
             return False
-        return self._clock() - job.dropped_at >= silent_seconds(self._config.inbox)
+        written_before, at = self._dropped[job.name]
+        return status.written_at == written_before and self._clock() - at >= silent_seconds(self._config.inbox)
 
     def open_image(self, path: str) -> FileIO:
         """Open an image of a finished job for reading.
@@ -226,6 +232,7 @@ class NamedJobs:
 
     def _drop(self, name: str, digest: str, request: SubmitRequest) -> bool:
         """Drop a prompt whose name was not noted; return False if another process has noted it meanwhile."""
+        before = self.last_status()
         try:
             self._drop_new(
                 name, digest, SubmitRequest(request.text, request.options, self._images.find(request.images))
@@ -236,6 +243,7 @@ class NamedJobs:
             if self._notes.read(name) is None:  # else the reason may be what the other process has dropped
                 raise
             return False
+        self._dropped[name] = (before.written_at if before else None, self._clock())
         return True
 
     def _drop_new(self, name: str, digest: str, request: SubmitRequest) -> None:

@@ -7,11 +7,11 @@ accepts that it may be charged twice. One that was charged does not go back: the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
 import re
-import secrets
 import stat
 import sys
 from dataclasses import dataclass
@@ -28,7 +28,6 @@ from imagewatch.journal.control import Control
 from imagewatch.protocol.names import ERROR, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
-from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
@@ -247,8 +246,40 @@ class Retry:
         """Move the originals into the inbox, the prompt last, and then remove the error file.
 
         Raises:
-            SpoolError: The inbox has a file of that name, or the disk failed.
+            SpoolError: The inbox has a file of that name, another command does the same now, or the disk failed.
         """
+        with self._alone(failed.path):
+            self._put_back(failed)
+
+    @contextlib.contextmanager
+    def _alone(self, path: str) -> Iterator[None]:
+        """Let no other command put the same prompt back meanwhile, as far as the file system has locks.
+
+        If the inbox is on another file system, both would copy the prompt: the daemon might have claimed the first copy
+        when the second one gets its name.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                file = self._tops.open_file(path, os.O_RDWR | os.O_NONBLOCK)  # NFS locks only what may be written
+                stack.callback(os.close, file)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    hint = "nothing was moved; wait until the other command has ended"
+                    raise SpoolError(f"it is being put back already: {printable(path)}", path=path, hint=hint) from None
+                if not self._is_named(file, path):
+                    hint = "nothing was moved; another command has put the prompt back"
+                    raise SpoolError(f"the error file was removed: {printable(path)}", path=path, hint=hint)
+            yield
+
+    def _is_named(self, file: int, path: str) -> bool:
+        """Return whether an open file still has its name."""
+        try:
+            return os.path.samestat(os.fstat(file), self._tops.lstat(path))
+        except FileNotFoundError:
+            return False
+
+    def _put_back(self, failed: Failed) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)
         if why := next(filter(None, map(why_not_entered, failed.folder.split("/"))), ""):
             hint = "nothing was moved; move its files into another folder of the inbox, the prompt last"
@@ -273,11 +304,11 @@ class Retry:
 
     def _move(self, failed: Failed, there: list[tuple[str, str]]) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)
-        leftovers.remove(self._disk, [target], {})
         for number, (path, new) in enumerate(there):
-            # Two people may retry a prompt at the same moment, maybe on two hosts: each copy has a name of its own.
-            name = f".iw-{failed.job}.{number}.{secrets.randbelow(10**18)}.tmp"
-            temporary, mtime_ns = os.path.join(target, name), 0 if new.endswith(SUFFIX) else None
+            temporary, mtime_ns = (
+                os.path.join(target, f".iw-{failed.job}.{number}.tmp"),
+                0 if new.endswith(SUFFIX) else None,
+            )
             try:
                 self._disk.carry(path, new, temporary, mtime_ns=mtime_ns)
             except FileExistsError:

@@ -262,11 +262,10 @@ class Admission(HoldsThereAre):
         self._remember_holds()
         if self._control.release_pending():
             self._since = self._now()
-            passed = max(self._clock(), newest)
-            self.burst.let_pass(passed)
+            self.burst.let_pass(newest)
             self.shared.probe_now()  # what concerns other daemons, too, is not ended by this one
             self.stores.held_by.clear()  # a job that still fails puts the queue on hold again
-            self._control.released(passed)
+            self._control.released(self.burst.passed)
             self._end(self._holds.clear())
         reason, before = self._control.held(), self._reason
         self._reason = reason
@@ -309,12 +308,17 @@ class Admission(HoldsThereAre):
         if self._knows_holds:
             return
         self._control.adopt()
-        self.burst.resume(self._control.passed())
+        self._resume_burst(self._control.passed())
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)
                 self._holds.resume(self._with_step(Reason(kind, message)), self._now())
         self._knows_holds = True
+
+    def _resume_burst(self, passed: float) -> None:
+        self.burst.resume(passed)
+        if self.burst.passed != passed:  # else another start, later, would let pass what comes until then
+            self._control.let_pass(self.burst.passed)
 
     def patience(self, since: float) -> float:
         """Return after how many seconds a hold is due to be tried again; infinite without one.

@@ -48,6 +48,7 @@ class BurstGuard:
         self._passed = self._passed_at = 0.0
         self._claimed: list[_Claimed] = []
         self._returned: set[str] = set()
+        self._ahead: set[str] = set()
         # Of those in the inbox, and when they came: each is a question to the ledger.
         self._finished: dict[str, float] = {}
 
@@ -61,19 +62,33 @@ class BurstGuard:
         self._most = most
         self._settle_seconds = settle_seconds
 
-    def let_pass(self, until: float) -> None:
-        """Count nothing that came up to a time, seconds since the epoch."""
-        self._passed, self._passed_at = until, self._clock()
-        self._returned.clear()
-        self.forget()
+    @property
+    def passed(self) -> float:
+        """Until which time nothing is counted, seconds since the epoch. An inbox on a server has that one's times."""
+        return self._passed
 
-    def resume(self, until: float) -> None:
-        """Count nothing that came up to the time that an earlier process had let pass, seconds since the epoch.
+    def let_pass(self, newest: float) -> None:
+        """Count none of the prompts that are in the inbox.
 
-        A time that is far ahead is not taken over: the clock was set back since, and nothing would be counted.
+        Args:
+            newest: Newest ctime of one, seconds since the epoch. If it is far ahead, the prompts of such a time are
+                remembered by their names: with the time alone, nothing would be counted for a long while.
         """
         now = self._clock()
-        self.let_pass(until if until <= now + _AHEAD_SECONDS else now)
+        self._passed, self._passed_at = max(now, newest if self._may_be(newest) else 0.0), now
+        self._returned = set(self._ahead)
+        self.forget()
+
+    def resume(self, passed: float) -> None:
+        """Continue with what ``passed`` was in an earlier process.
+
+        A time that is far ahead counts for nothing: the clock was set back since, or is behind now.
+        """
+        self._passed, self._passed_at = passed if self._may_be(passed) else 0.0, self._clock()
+
+    def _may_be(self, when: float) -> bool:
+        """Return whether a time can be the present one of a server, seconds since the epoch."""
+        return when <= self._clock() + _AHEAD_SECONDS
 
     def forget(self) -> None:
         """Ask again which prompts are finished: the ledger may be another one."""
@@ -92,6 +107,7 @@ class BurstGuard:
         """
         self._notice_clock()
         oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
+        self._ahead = {source for source, when in changed.items() if not self._may_be(when)}
         came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
         dates = sorted(changed[source] for source in came)
         self._claimed = [

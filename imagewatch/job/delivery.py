@@ -167,6 +167,8 @@ class Delivery:
         with self._folders.reached(folder):
             if any(move.source.startswith("claim/") for move in decision.moves):
                 self._originals.leave(self._folders.inbox_folder(claim))
+            for number in (*range(len(decision.moves)), "d"):  # of all, before the first one is published
+                self._temporary(folder, claim, str(number))
             self._carry_all(claim, decision.moves, folder, decision.mtime_ns, check)
             target = os.path.join(folder, decision.name)
             self._disk.publish(

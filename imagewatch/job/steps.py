@@ -182,7 +182,6 @@ class Steps:
     def _deliver(self, job: RunningJob) -> None:
         decision = job.record.decision()
         assert decision is not None
-        self.common.require_held(job.id)
         try:
             self._spool.delivery.deliver(job.claim, decision, lambda: self.common.require_held(job.id))
             job.record.mark_over()

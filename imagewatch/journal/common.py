@@ -81,7 +81,8 @@ _REOPEN = f"""
     UPDATE jobs SET state = 'reopened', holder = {_ME}, epoch = epoch + 1, lease_ends_at = {_NOW} + ?
     WHERE id = ? AND state = 'done' AND decision <> ''
     AND (EXISTS (
-            SELECT 1 FROM attempts WHERE job = jobs.id AND outcome IN ('unknown', 'completed') AND attempt = ANY(?)
+            SELECT 1 FROM attempts WHERE job = jobs.id AND attempt = ANY(?)
+            AND (outcome = 'completed' OR (outcome = 'unknown' AND status = 0))
         )
         OR (EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id)
             AND NOT EXISTS (SELECT 1 FROM attempts WHERE job = jobs.id AND outcome NOT IN ('unsent', 'busy'))))
@@ -340,10 +341,14 @@ class Common:
         if not values[1]:
             return ()
         rows = self._file.change(lambda one: one.execute(_RENEW, values).fetchall(), synced=False)
-        for row in rows:
-            if self._epochs.get(row["id"]) == row["epoch"]:
-                self._renewed[row["id"]] = began
-        return {row["id"] for row in rows}
+        held = {row["id"]: row["epoch"] for row in rows}
+        for job in values[1]:
+            if job not in held:
+                if self._renewed.get(job, math.inf) <= began:  # else it was taken again meanwhile
+                    del self._renewed[job]
+            elif self._epochs.get(job) == held[job]:
+                self._renewed[job] = began
+        return held.keys()
 
     def let_go(self) -> None:
         """Let other daemons take over what this one has, as it ends.

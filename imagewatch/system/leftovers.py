@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from imagewatch.system.disk import Disk
 
-_TEMPORARY = re.compile(r"\.iw-([0-9a-f]{16})\.(?:\d+|d)(?:\.\d+)?\.tmp")
+_TEMPORARY = re.compile(r"\.iw-([0-9a-f]{16})\.(?:[0-9]+|d)(?:\.[0-9]+)?\.tmp")
 STALE_SECONDS = 86_400.0
 """A temporary file of which nothing is known stays for so long."""
 

@@ -15,9 +15,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-import tomllib
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,8 @@ from support.scripted import Scripted, responding, response, small_image
 from support.station import Station
 
 from commands.test_cli import HOSTILE, RAW
+from imagewatch.commands.ledger import open_journal
+from imagewatch.commands.retry import Retry
 from imagewatch.config.schema import Limits
 from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.status import Status
@@ -555,10 +555,27 @@ def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_after_a_restart(g
     guard.control.release()
     guard.gate.follow()
     guard.now, guard.ahead = 150.0, 0.0
+    for _ in range(2):
+        guard.restart()
+        guard.gate.follow()
+        guard.now += 1
+        assert guard.holds(guard.now + 100, 200.0, 200.1, 200.2, 200.3)
+    guard.now = 900_000.0
     guard.restart()
     guard.gate.follow()
-    assert not guard.holds(160.0, 99.0, 99.1, 99.2, 99.3)
-    assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3)
+    assert guard.holds(900_001.0, 200.0, 200.1, 200.2, 200.3)
+    guard.control.release()
+    guard.gate.follow()
+    assert not guard.holds(900_002.0, 200.0, 200.1, 200.2, 200.3)
+
+
+def test_a_release_of_a_prompt_that_is_dated_far_ahead_lets_pass_only_what_is_there(guard):
+    guard.control.prepare()
+    assert guard.holds(100.0, 100.0, 100.1, 100.2, 4e9)
+    guard.control.release()
+    guard.gate.follow(4e9)
+    assert not guard.holds(101.0, 100.0, 100.1, 100.2, 4e9)
+    assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3, 4e9)
 
 
 def test_what_a_release_let_pass_passes_after_a_restart_though_the_clock_of_a_server_is_ahead(guard):
@@ -1082,7 +1099,20 @@ def test_a_retry_that_was_killed_after_it_moved_the_prompt_is_finished_by_the_ne
     assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
 
 
-def test_retries_at_the_same_moment_do_not_disturb_each_other(tmp_path, sandbox):
+class Slow(Disk):
+    """A disk on which something happens while a file is about to get its name in the inbox."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self._meanwhile = [meanwhile]
+
+    def rename(self, source: str, target: str) -> None:
+        if ".iw-" in source and self._meanwhile:
+            self._meanwhile.pop()()
+        super().rename(source, target)
+
+
+def test_two_people_who_retry_a_prompt_at_the_same_moment_send_it_once(tmp_path, sandbox):
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no other file system")
@@ -1090,14 +1120,22 @@ def test_retries_at_the_same_moment_do_not_disturb_each_other(tmp_path, sandbox)
         folders = Folders(tmp_path, sandbox.base_url, folders__errors=errors)
         folders.prompt("cat", "[sandbox: 400] No")
         assert command(folders, "once").returncode == 1
-        job = tomllib.loads((Path(errors) / "cat.error.toml").read_text())["job"]
-        copy = folders.drop(f".iw-{job}.0.tmp", "half of the file that another retry copies")
-        with ThreadPoolExecutor() as pool:
-            results = list(pool.map(lambda _: command(folders, "retry", "cat"), range(4)))
-        assert any(result.returncode == 0 for result in results)
-        assert folders.names("inbox") == [copy.name, "cat.prompt.txt"]
-        assert (folders.inbox / "cat.prompt.txt").read_text() == "[sandbox: 400] No"
-        assert list(Path(errors).iterdir()) == []
+        others = []
+
+        def meanwhile() -> None:
+            others.append(command(folders, "retry", "cat"))
+            assert command(folders, "once").returncode == 0
+
+        config = folders.config()
+        with open_journal(config) as journal:
+            disk = Slow(meanwhile)
+            again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
+            again.put_back(again.read(again.find("cat")))
+        assert others[0].returncode == 1
+        assert "it is being put back already" in others[0].stderr
+        assert (folders.names("inbox"), list(Path(errors).iterdir())) == (["cat.prompt.txt"], [])
+        assert command(folders, "once").returncode == 1
+        assert sandbox.report()["requests"] == 2
 
 
 def test_names_that_are_not_utf8_go_back_unchanged_even_if_the_name_existed(folders, sandbox):

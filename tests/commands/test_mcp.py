@@ -499,10 +499,12 @@ def test_a_prompt_that_a_killed_daemon_has_not_seen_is_reported(folders):
     answer = answers.job(jobs.find("cat"))
     assert answer["queue"]["state"] == "not_running"
     assert answer["queue"]["message"].startswith("The daemon is probably not running: it has not written its status")
+    assert answer["queue"]["holds"] == []
     assert "report the reason" in answer["message"]
     assert answers.queue()["state"] == "running"
-    hold(folders.root, **running, written_at=notice.at(now))
-    assert answers.job(jobs.find("cat"))["queue"]["state"] == "running"
+    hold(folders.root, next_writing_at=running["next_writing_at"], written_at=notice.at(now - 30))
+    answer = answers.job(jobs.find("cat"))
+    assert answer["queue"]["state"] == "on_hold", "the clock of its daemon is half a minute behind"
 
 
 def test_all_prompts_of_a_server_go_into_its_folder(agent, folders, start):

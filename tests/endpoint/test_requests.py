@@ -654,10 +654,10 @@ def test_a_name_that_appears_after_the_decision_is_not_overwritten(station, sand
     ):
         deliver = other.spool.delivery.deliver
 
-        def late(claim, decision):
+        def late(claim, decision, check):
             if not checks:
                 checks.append(existing(other.outbox, "x-2.png"))
-            return deliver(claim, decision)
+            return deliver(claim, decision, check)
 
         other.spool.delivery.deliver = late
         drop(other, {"x.prompt.txt": "a cat"})

@@ -293,7 +293,7 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             )
         assert not violations, f"{len(violations)} violations\n" + "\n\n".join(violations)
         # Several workers take turns in any order, so one of them alone does not always get that far.
-        wanted = (0.9 if scene.concurrency == 1 else 0.6) * len(trials) if least is None else least
+        wanted = int((0.9 if scene.concurrency == 1 else 0.6) * len(trials)) if least is None else least
         assert hit.total() >= wanted, f"not reached: {texts}"
         return hit
 

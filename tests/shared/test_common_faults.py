@@ -23,6 +23,7 @@ from shared.test_lost_commits import FLUX, claim, member, outcomes, row
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from support.common import Member
     from support.postgres import Server
 
     from imagewatch.journal.journal import Journal
@@ -58,6 +59,16 @@ def is_over(world: Inbox) -> bool:
     return not world.open_jobs() and bool(world.folders().finished())
 
 
+def start(world: Inbox, member: Member) -> None:
+    """Start a daemon as a service manager does: again, while one that is stopped has locked what a start needs."""
+    daemon = world.run(member)
+    until(lambda: daemon.events("started") or daemon.process.poll() is not None)
+    if daemon.process.poll() is not None:
+        daemon.end()
+        assert "locked by another program" in daemon.log()
+        start(world, member)
+
+
 def stopped_at(world: Inbox, before: str, by: str) -> str:
     """Stop a daemon before a step, let another one finish, then let the first continue; return the destination."""
     one = world.members["one"]
@@ -67,7 +78,7 @@ def stopped_at(world: Inbox, before: str, by: str) -> str:
     if not wait_for_stop(first, lambda: is_over(world)):
         return world.check("cat", prompt)
     where = one.steps()[one.stopped() - 1]
-    world.run(world.member("two"))
+    start(world, world.member("two"))
     until(lambda: is_over(world) or world.calls(prompt) > 1, saw=lambda: f"{where}\n{world.unfinished()}")
     if by == "kill":
         world.run(one)

@@ -109,16 +109,20 @@ RECEIPT_MOMENTS = ("sync|/outbox/cat.receipt.toml", "rename|/outbox/cat.receipt.
 
 
 @pytest.mark.usefixtures("other_file_system")
+@pytest.mark.parametrize("clock", ["its clock went on", "its clock stood still"])
 @pytest.mark.parametrize("moment", MOMENTS + RECEIPT_MOMENTS)
 def test_what_a_daemon_was_publishing_when_it_was_stopped_does_not_appear_after_a_reader_took_what_another_published(
-    peers: Peers, moment: str
+    peers: Peers, moment: str, clock: str
 ) -> None:
     one, two = peers.add("one"), peers.add("two")
     read: list[str] = []
 
     def stopped_meanwhile() -> None:
         one.disk.before.clear()
+        renewed = dict(one.common._renewed)
         assert two.finish(peers.let_take_over(two)).destination == "outbox"
+        if clock == "its clock stood still":  # that of a virtual machine that was paused
+            one.common._renewed |= renewed
         for path in one.outbox.glob("cat.*"):
             read.append(path.suffix)
             path.unlink()
@@ -129,6 +133,46 @@ def test_what_a_daemon_was_publishing_when_it_was_stopped_does_not_appear_after_
     assert sorted(read) == [".jpg", ".toml"]
     assert one.names("outbox") == []
     assert peers.outcomes() == ["completed"]
+
+
+@pytest.mark.parametrize("moment", ["create|/errors/.iw-", "rename|/errors/cat.error.toml"])
+def test_an_error_file_of_an_unknown_charge_does_not_appear_again_for_the_response_that_it_is_about(
+    peers: Peers, moment: str
+) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    read: list[str] = []
+
+    def stopped_meanwhile() -> None:
+        one.disk.before.clear()
+        assert two.finish(peers.let_take_over(two)).charged == "unknown"
+        for path in one.errors.glob("cat.*"):
+            read.append(path.name)
+            path.unlink()
+
+    one.disk.before[moment] = stopped_meanwhile
+    one.prompt("cat", "[sandbox: 502] A cat")
+    one.finish(one.start().job)
+    assert read
+    assert one.names("errors") == []
+    assert peers.outcomes() == ["unknown"]
+
+
+def test_a_lease_that_could_not_be_renewed_is_not_relied_on(peers: Peers) -> None:
+    one, two = peers.add("one"), peers.add("two")
+    one.prompt("cat", "a cat")
+    seen: list[bool] = []
+
+    def meanwhile() -> None:
+        one.disk.before.clear()
+        renewed = dict(one.common._renewed)
+        job = peers.let_take_over(two)
+        one.common._renewed |= renewed
+        one.common.renew()
+        seen.append(one.common.is_sure(job))
+
+    one.disk.before["/outbox/"] = meanwhile
+    one.start()
+    assert seen == [False]
 
 
 def test_a_response_that_two_daemons_hand_over_is_whole_although_one_of_them_is_killed(peers: Peers) -> None:
