@@ -12,7 +12,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemon import Folders, LoggedDaemon, command, until
+from support.daemon import Folders, LoggedDaemon, below, command, until
 from support.endpoint import unique_png
 from support.station import Station
 
@@ -70,7 +70,8 @@ def restore(folders: Folders) -> None:
 
 
 def claims(folders: Folders) -> list[Path]:
-    return list((folders.inbox / ".imagewatch").glob("*/*"))
+    top = folders.inbox / ".imagewatch"
+    return [path for path in below(top) if path.parent.parent == top]
 
 
 def damage(folders: Folders, column: str, value: bytes, table: str = "jobs") -> None:
