@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import tempfile
 import threading
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, TESTS, Folders, Running, command, until, until_finished
+from support.daemon import KEY, TESTS, Folders, Running, command, stopped, until, until_finished
+from support.ports import free_port
 from support.scripted import Scripted, responding, response, small_image
 from support.station import Station
 
@@ -322,8 +322,9 @@ def test_a_burst_waits_and_release_admits_exactly_that_one(guarded, run, sandbox
     assert requests(sandbox) == 0
     command(guarded, "release")
     until(lambda: len(guarded.finished()) == 4)
-    for number in range(5):
-        (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
+    with stopped(daemon):  # they are there at the same time, however slowly they are written
+        for number in range(5):
+            (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
     assert daemon.wait_for("held", 2)["kind"] == "burst"
     waiting(guarded, 5)
     assert requests(sandbox) == 4
@@ -349,7 +350,7 @@ def test_a_released_burst_needs_no_second_release_after_a_restart(guarded, run, 
 
 
 def test_a_burst_of_prompts_that_are_claimed_immediately_stops_at_the_limit(guarded, run, sandbox):
-    guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "5"
+    guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"  # the same time, however slowly they come
     daemon = run(guarded)
     for number in range(12):
         guarded.prompt(f"p{number:02}", f"{DECLARES_NOTHING}Number {number}")
@@ -361,15 +362,14 @@ def test_a_burst_of_prompts_that_are_claimed_immediately_stops_at_the_limit(guar
 
 
 def test_prompts_that_were_given_back_to_the_inbox_are_no_new_burst(tmp_path, hurried):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
-        port = reserved.getsockname()[1]
+    port = free_port()
     folders = Folders(tmp_path, f"http://127.0.0.1:{port}", limits__burst="2", retry__attempts="1")
     for number in range(5):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders, 0.05)
     assert daemon.wait_for("held")["kind"] == "burst"
     command(folders, "release")
-    until(lambda: len([line for line in daemon.events("held") if line["kind"] == "unreachable"]) == 4)
+    until(lambda: len([line for line in daemon.events("held") if line["kind"] == "unreachable"]) >= 4)
     assert [line["kind"] for line in daemon.events("held")].count("burst") == 1
     with Sandbox(port=port, key=KEY) as late:
         until(lambda: len(folders.finished()) == 5)
@@ -631,8 +631,9 @@ def test_new_text_under_the_names_of_redelivered_prompts_is_a_burst(guarded, run
     until(lambda: prompts_in(guarded) == [])
     until(lambda: guarded.leftovers() == [])
     assert daemon.events("held") == []
-    for path in away.iterdir():
-        (guarded.inbox / path.name).write_text("Something else")
+    with stopped(daemon):  # they are there at the same time, however slowly they are written
+        for path in away.iterdir():
+            (guarded.inbox / path.name).write_text("Something else")
     until(lambda: daemon.events("held") or requests(sandbox) > 4)
     assert "4 prompts arrived at the same time; limits.burst allows 3" in daemon.wait_for("held")["reason"]
     assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
@@ -853,11 +854,12 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
         (station.state / "status.json.tmp").mkdir()
         result.change()
         assert result.due is not None
+        tried = time.monotonic()
         with pytest.raises(SpoolError):
             result.write(ScanResult(), 0, {}, {})
         assert result.due is None
         result.change()
-        assert result.due > time.monotonic()
+        assert result.due >= tried + 1
 
 
 # History

@@ -256,8 +256,8 @@ def test_a_folder_that_cannot_be_created_exits_with_74(folders, tmp_path):
 
 def test_once_beside_a_running_daemon_exits_with_75(folders, start):
     start(folders, "run")
-    until((folders.inbox / ".imagewatch/lock").exists)
-    until(lambda: imagewatch("once", environ=folders.environ).returncode == 75)
+    until((folders.state / "status.json").exists)
+    assert imagewatch("once", environ=folders.environ).returncode == 75
 
 
 def test_a_wrong_configuration_exits_with_78_and_names_all_problems(folders, tmp_path):
@@ -562,7 +562,7 @@ def test_check_warns_of_a_key_file_that_others_may_read(folders, tmp_path):
 
 def test_check_works_beside_a_running_daemon(folders, start):
     daemon = start(folders, "run")
-    until((folders.inbox / ".imagewatch/lock").exists)
+    until((folders.state / "status.json").exists)
     assert imagewatch("check", environ=folders.environ).returncode == 0
     assert daemon.stop() == 0
 
@@ -735,6 +735,9 @@ def test_once_completes_a_prompt_that_is_dropped_while_the_last_one_runs(folders
     running = start(folders, "once")
     assert sandbox.wait_for_requests(1, 20)
     folders.prompt("cat", "The second")
+    later = folders.drop("later.txt", "")  # once it is known, the daemon has noticed what came before it
+    until(lambda: json.loads((folders.state / "status.json").read_text())["ignored"]["count"] == 1)
+    later.unlink()
     sandbox.release()
     assert running.wait() == 0
     assert sorted(folders.finished().values()) == ["outbox", "outbox"]

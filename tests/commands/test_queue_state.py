@@ -72,7 +72,7 @@ def test_while_the_queue_is_on_hold_submit_says_why_and_what_to_do(folders: Fold
 @pytest.mark.parametrize("form", [[], ["--json"], ["--wait", "--timeout", "0"], ["--wait", "--timeout", "0", "--json"]])
 def test_a_daemon_that_is_overdue_is_not_running(form: list[str], folders: Folders) -> None:
     write(folders, **overdue())
-    done = command(folders, "submit", "a cat", *form)
+    done = command(folders, "submit", "a cat", *form, TZ="UTC")
     assert "the daemon is not running: its status is overdue (since 2001-09-09" in done.stderr
     assert "The prompt stays in the inbox. What to do: ask the administrator to start it" in done.stderr
     if "--json" in form:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
-from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
+from support.daemon import HURRIED, PATIENCE, Folders, LoggedDaemon, command, until
+from support.scripted import Exchange, Scripted, response
 from support.station import Station
 from support.tracing import reason_not_to_trace
 
@@ -252,9 +253,11 @@ def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
 def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> LoggedDaemon:
     """Start a daemon with a prompt whose results cannot be written when its response is there."""
     daemon = run(folders)
-    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
+    sandbox.hold()
+    folders.prompt("sub/cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
     (folders.outbox / "sub").write_text("a file of another user")
+    sandbox.release()
     return daemon
 
 
@@ -280,12 +283,12 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = blocked(folders, run, sandbox)
     daemon.wait_for("stuck")
-    (folders.outbox / "sub").unlink()  # which the daemon notices when the job is retried
     folders.prompt("sub/dog", "A dog")
     assert "until a stuck job continues" in daemon.wait_for("ignored")["reason"]
     until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
     assert sandbox.report()["requests"] == 1
-    until(lambda: len(folders.finished()) == 2, timeout=40)
+    (folders.outbox / "sub").unlink()  # which the daemon notices when the job is retried
+    until(lambda: len(folders.finished()) == 2)
     assert daemon.stop() == 0
     assert (sandbox.report()["charged"], folders.leftovers()) == (2, [])
 
@@ -322,10 +325,12 @@ def test_a_folder_that_is_missing_when_its_prompt_is_given_back_is_created_again
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
     daemon = run(folders)
+    sandbox.hold()
     for name in ("one", "two"):
-        folders.prompt(f"sub/{name}", "[sandbox: slow 1] [sandbox: 402] Too poor")
-    until(lambda: sandbox.report()["requests"] == 2 or not any((folders.inbox / "sub").glob("*.prompt.txt")))
+        folders.prompt(f"sub/{name}", "[sandbox: 402] Too poor")
+    assert sandbox.wait_for_requests(2, 20)
     shutil.rmtree(folders.inbox / "sub")
+    sandbox.release()
     until(lambda: len(folders.finished()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
     ((shown, destination),) = folders.finished().items()
     assert destination == "errors"
@@ -335,25 +340,38 @@ def test_a_folder_that_is_missing_when_its_prompt_is_given_back_is_created_again
     assert folders.leftovers() == []
 
 
-def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(
-    tmp_path: Path, sandbox: Sandbox, run: Callable
-) -> None:
-    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
-    sandbox.balance = 0
-    script = tmp_path / "telling.py"
-    script.write_text(HURRIED.replace('"info"', '"debug"'))
-    daemon = run(folders, "0.2", script=str(script))
-    folders.prompt("shown", "The one that shows that there are no credits")
-    daemon.wait_for("held")
-    for number in range(3):
-        folders.prompt("cat", f"[sandbox: slow 1] Version {number}")
-        until(lambda number=number: sandbox.report()["requests"] == number + 2 or number == 2)
-    returned = lambda: [line for line in daemon.events("step") if line["step"] == "give_back"]  # noqa: E731
-    until(lambda: len({line["job"] for line in returned()}) == 2)
-    before = len(returned())
-    threading.Event().wait(2)
-    assert len(returned()) - before <= 2
-    daemon.process.kill()
+def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(tmp_path: Path, run: Callable) -> None:
+    arrived, go_on = ([threading.Event() for _ in range(4)] for _ in range(2))
+    go_on[0].set()
+
+    def refusing(number: int) -> Callable[[Exchange], None]:
+        def script(exchange: Exchange) -> None:
+            exchange.request()
+            arrived[number].set()
+            go_on[number].wait(PATIENCE)
+            exchange.send(response(b"{}", status=b"402 Payment Required"))
+
+        return script
+
+    with Scripted(*map(refusing, range(4))) as server:
+        folders = Folders(tmp_path, server.base_url, limits__concurrency="1")
+        script = tmp_path / "telling.py"
+        script.write_text(HURRIED.replace('"info"', '"debug"'))
+        daemon = run(folders, "0.2", script=str(script))
+        folders.prompt("shown", "The one that shows that there are no credits")
+        daemon.wait_for("held")
+        for number in range(1, 4):
+            folders.prompt("cat", f"Version {number}")
+            go_on[number - 1].set()  # the one before is refused now that its name is taken
+            assert arrived[number].wait(PATIENCE)
+        returned = lambda: [line for line in daemon.events("step") if line["step"] == "give_back"]  # noqa: E731
+        until(lambda: len({line["job"] for line in returned()}) == 2)
+        before, began = len(returned()), time.monotonic()
+        threading.Event().wait(2)
+        seconds = time.monotonic() - began
+        assert len(returned()) - before <= 2 * (1 + seconds // 5)  # each tries it every five seconds
+        daemon.process.kill()
+        go_on[3].set()
 
 
 def test_a_hold_for_the_disk_ends_automatically_also_if_no_prompt_waits(

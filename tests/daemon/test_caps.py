@@ -6,10 +6,12 @@ import contextlib
 import json
 import signal
 import sqlite3
+import threading
 import time
 
 import pytest
-from support.daemon import Folders, command, until
+from support.daemon import PATIENCE, Folders, command, until
+from support.scripted import Scripted, heavy, paid, response
 from support.station import Station
 
 from imagewatch.job.outcome import End
@@ -81,27 +83,37 @@ def test_the_daemon_stops_at_the_cap_though_it_sends_several_at_the_same_time(tm
     assert sandbox.report()["credits"] == 90
 
 
-def test_requests_a_minute_are_counted_across_a_restart(tmp_path, sandbox, start):
+def test_requests_a_minute_are_counted_across_a_restart(tmp_path, sandbox, start, run):
     folders = Folders(tmp_path, sandbox.base_url, limits__requests_per_minute="2")
     for stem in "ab":
         folders.prompt(stem, "a cat")
     assert start(folders, "once").wait() == 0
     folders.prompt("c", "a cat")
-    daemon = start(folders, "run")
+    daemon = run(folders)
+    until(lambda: [one["kind"] for one in page(folders)["holds"]] == ["rate"])
     assert not sandbox.wait_for_requests(3, timeout=1.5)
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 2
 
 
-def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, sandbox, start):
-    folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="30", limits__assumed_credits="30")
-    folders.prompt("a", "[sandbox: big 60, b64] a cat")
-    killed = start(folders, "once")
-    until(lambda: [part for part in folders.state.glob("answers/*.answer.*") if part.stat().st_size > 1_000_000])
-    killed.stop(signal.SIGKILL)
-    folders.prompt("b", "a dog")
-    assert start(folders, "once").wait() == 69
-    assert sandbox.report()["credits"] == 30
+def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, start):
+    body, killed = paid(heavy(2_000_000), billing={"credits_charged": 30}), threading.Event()
+
+    def half(exchange):
+        exchange.request()
+        exchange.send(response(body)[: -len(body) // 4])
+        killed.wait(PATIENCE)
+
+    with Scripted(half) as server:
+        folders = Folders(tmp_path, server.base_url, limits__credits_per_day="30", limits__assumed_credits="30")
+        folders.prompt("a", "a cat")
+        daemon = start(folders, "once")
+        until(lambda: [part for part in folders.state.glob("answers/*.answer.*") if part.stat().st_size > 1_000_000])
+        daemon.stop(signal.SIGKILL)
+        killed.set()
+        folders.prompt("b", "a dog")
+        assert start(folders, "once").wait() == 69
+        assert server.connections == 1
     assert folders.names("inbox") == ["b.prompt.txt"]
 
 
@@ -380,9 +392,11 @@ def test_estimate_shows_what_the_caps_reserve(tmp_path, sandbox, start):
 def test_a_paid_response_that_cannot_be_delivered_counts_once(tmp_path, sandbox, run):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="90", limits__assumed_credits="30")
     daemon = run(folders)
-    folders.prompt("sub/cat", "[sandbox: slow 1] a cat")
+    sandbox.hold()
+    folders.prompt("sub/cat", "a cat")
     assert sandbox.wait_for_requests(1, 20)
     (folders.outbox / "sub").write_text("in the way")
+    sandbox.release()
     daemon.wait_for("stuck")
     folders.prompt("dog", "a dog")
     folders.prompt("fox", "a fox")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import HURRIED, KEY, Folders, command, until
+from support.daemon import HURRIED, KEY, Folders, command, stopped, until
+from support.ports import free_port
 
 from imagewatch.daemon.systemd import Notify
 from imagewatch.journal.holds import Holds
@@ -325,7 +326,7 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_completed_when_it_m
         "reason": "the daemon may not read it",
     }
     path.chmod(0o644)
-    unprivileged.prompt("dog", "A dog").chmod(0o644)
+    unprivileged.prompt("dog", "A dog", 0o644)
     over(unprivileged, "cat", "dog")
 
 
@@ -336,7 +337,7 @@ def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(u
     unprivileged.drop("cat.secret", "text").chmod(0)
     unprivileged.drop("dog.readable", "text").chmod(0o644)
     for stem in ("cat", "dog", "other/cow"):
-        unprivileged.prompt(stem, f"A {stem}").chmod(0o644)
+        unprivileged.prompt(stem, f"A {stem}", 0o644)
     (unprivileged.inbox / "other").chmod(0o777)
     run(unprivileged, script=str(script))
     until(lambda: len(unprivileged.finished()) == 3)
@@ -354,11 +355,11 @@ def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_
     daemon = run(unprivileged, script=str(script))
     event = daemon.wait_for("ignored")
     assert (event["file"], event["reason"]) == ("mine/cat.prompt.txt", "the daemon may not move files out of mine")
-    unprivileged.prompt("dog", "A dog").chmod(0o644)
+    unprivileged.prompt("dog", "A dog", 0o644)
     over(unprivileged, "dog")
     assert not daemon.events("held")
     path.parent.chmod(0o777)
-    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that there is another scan
+    unprivileged.prompt("fox", "A fox", 0o644)  # so that there is another scan
     over(unprivileged, "cat", "dog", "fox")
 
 
@@ -472,8 +473,9 @@ def test_ctrl_c_and_sigterm_at_the_same_time_finish_what_was_sent(folders, run, 
     sandbox.hold()
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
-    daemon.process.send_signal(signal.SIGINT)
-    daemon.process.send_signal(signal.SIGTERM)
+    with stopped(daemon):  # both are there when it continues
+        daemon.process.send_signal(signal.SIGINT)
+        daemon.process.send_signal(signal.SIGTERM)
     daemon.wait_for("shutdown")
     sandbox.release()
     assert daemon.end() == 0
@@ -598,8 +600,9 @@ def test_a_response_to_a_request_from_before_a_hold_does_not_end_it(tmp_path, ru
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="4")
     for number in range(3):
         folders.prompt(f"slow{number}", f"[sandbox: slow {1 + number / 2}] A slow one")
-    folders.prompt("poor", "[sandbox: 402] A poor one")
     daemon = run(folders)
+    assert sandbox.wait_for_requests(3, 20)
+    folders.prompt("poor", "[sandbox: 402] A poor one")
     daemon.wait_for("held")
     for number in range(4):
         folders.prompt(f"more{number}", "[sandbox: 402] Another poor one")
@@ -657,8 +660,7 @@ Report.write_if_due = slowly
 
 
 def test_a_hold_that_ends_while_the_status_is_written_is_noticed_immediately(tmp_path, run):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
-        port = reserved.getsockname()[1]
+    port = free_port()
     folders = Folders(tmp_path, f"http://127.0.0.1:{port}", inbox__rescan_seconds="86400")
     folders.prompt("cat", "A cat")
     script = tmp_path / "slow.py"
@@ -671,8 +673,7 @@ def test_a_hold_that_ends_while_the_status_is_written_is_noticed_immediately(tmp
 
 
 def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_when_it_can(tmp_path, hurried):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
-        port = reserved.getsockname()[1]
+    port = free_port()
     folders = Folders(tmp_path, f"http://127.0.0.1:{port}")
     for number in range(6):
         folders.prompt(f"p{number}", f"Number {number}")
@@ -801,11 +802,14 @@ def test_only_a_scan_of_the_inbox_resets_the_watchdog(folders, run, manager):
         assert manager.receive_until("WATCHDOG") == {"WATCHDOG": "1"}
     folders.remove_inbox()
     daemon.wait_for("held")
+    manager.socket.settimeout(0)
+    with contextlib.suppress(BlockingIOError):
+        while True:  # what was sent before is still in the socket
+            manager.receive()
     manager.socket.settimeout(1.0)
     with contextlib.suppress(TimeoutError):
-        for _ in range(20):  # what was sent before is still in the socket, no more than that
-            manager.receive()
-        pytest.fail("the watchdog is reset, but nothing is scanned")
+        while True:
+            assert "WATCHDOG" not in manager.receive(), "the watchdog is reset, but nothing is scanned"
     assert daemon.process.poll() is None
 
 

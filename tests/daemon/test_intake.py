@@ -222,12 +222,14 @@ def test_scans_take_a_tenth_of_a_core_at_most_and_delay_no_prompt(box):
     share = (time.thread_time() - busy) / (time.monotonic() - began)
     assert share < 0.2
     box.write("colleague", "cat.prompt.txt")
-    began = time.monotonic()
+    busy, rests = time.thread_time(), 0.0
     while not box.intake.is_ready("colleague"):
         box.intake.scanner.soon()
-        pause.wait(max(box.intake.scanner.due - time.monotonic(), 0.001))
+        rest = max(box.intake.scanner.due - time.monotonic(), 0.001)
+        pause.wait(rest)
+        rests += rest
         box.intake.scan(())
-    assert time.monotonic() < began + 5
+    assert rests + time.thread_time() - busy < 5  # without the time that other processes take
 
 
 # Turns

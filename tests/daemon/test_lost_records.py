@@ -12,7 +12,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemon import Folders, LoggedDaemon, command, until
+from support.daemon import Folders, LoggedDaemon, below, command, until
 from support.endpoint import unique_png
 from support.station import Station
 
@@ -70,7 +70,8 @@ def restore(folders: Folders) -> None:
 
 
 def claims(folders: Folders) -> list[Path]:
-    return list((folders.inbox / ".imagewatch").glob("*/*"))
+    top = folders.inbox / ".imagewatch"
+    return [path for path in below(top) if path.parent.parent == top]
 
 
 def damage(folders: Folders, column: str, value: bytes, table: str = "jobs") -> None:
@@ -110,7 +111,7 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     until(lambda: "cat" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
-    assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
+    until(lambda: [path.name for path in claims(killed)] == ["cat.prompt.txt"])  # that of the dog goes to the archive
     assert "may have been charged" in event["reason"]
     assert "a possible second charge" in event["next"]
     assert claims(killed)[0].parent.name in event["next"]
@@ -167,15 +168,39 @@ def test_a_damaged_record_of_what_was_sent_delays_nothing_and_nothing_is_sent_ag
     assert (sandbox.report()["requests"], killed.leftovers()) == (1, [])
 
 
+PAUSING = """
+import os, sys
+from imagewatch.system import log
+from imagewatch.config.load import load
+from imagewatch.daemon.loop import Daemon
+from imagewatch.job.completion import Completion
+
+busy = Completion.busy
+
+def paused(self, job):
+    busy(self, job)
+    if os.path.exists(sys.argv[1]):
+        open(sys.argv[1]).close()  # a pipe: waits until its other end is opened
+        os.unlink(sys.argv[1])
+
+Completion.busy = paused
+log.configure("info", "json")
+sys.exit(Daemon(load(None, os.environ), os.environ).run())
+"""
+"""A daemon that, when it has recorded the first refusal, waits for the test before it goes on."""
+
+
 @pytest.mark.parametrize("back", ["the ledger", "the ledger and the prompt"])
 @pytest.mark.parametrize("age", ["before", "claimed", "first sent", "first answered"])
 def test_an_older_copy_of_the_ledger_that_is_put_back_while_no_daemon_runs_is_named_and_nothing_is_sent(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], age: str, back: str
 ) -> None:
-    folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1", retry__max_seconds="1")
-    daemon = run(folders)
+    folders = Folders(tmp_path, sandbox.base_url)
+    go_on, script, prompts = tmp_path / "go_on", tmp_path / "pausing.py", tmp_path / "prompts"
+    os.mkfifo(go_on)
+    script.write_text(PAUSING)
+    daemon = run(folders, str(go_on), script=str(script))
     until((folders.state / "identity").exists)
-    prompts = tmp_path / "prompts"
     if age == "before":
         back_up(folders)
     sandbox.hold()
@@ -188,6 +213,7 @@ def test_an_older_copy_of_the_ledger_that_is_put_back_while_no_daemon_runs_is_na
         until(lambda: "busy" in outcomes(folders))
         back_up(folders)
     shutil.copytree(folders.inbox / ".imagewatch", prompts)
+    go_on.open("w").close()
     until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     if age == "claimed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import itertools
 import json
@@ -10,10 +11,11 @@ import re
 import signal
 import subprocess
 import time
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, Folders, command, until
+from support.daemon import KEY, Folders, below, command, until
 from support.scripted import Scripted, paid, responding, response, small_image
 from support.station import Station
 
@@ -29,9 +31,13 @@ MANY = 500
 
 
 def content_of(folders: Folders) -> dict[str, tuple[int, bytes]]:
-    """What is in the inbox: mtime and content of each file, by name."""
-    paths = [path for path in folders.inbox.rglob("*") if path.is_file() and ".imagewatch" not in path.parts]
-    return {str(path.relative_to(folders.inbox)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+    """What is in the inbox: mtime and content of each file, by name; one that is claimed meanwhile is not there."""
+    found = {}
+    for path in below(folders.inbox):
+        if ".imagewatch" not in path.parts and path.is_file():
+            with contextlib.suppress(FileNotFoundError):
+                found[str(path.relative_to(folders.inbox))] = (path.stat().st_mtime_ns, path.read_bytes())
+    return found
 
 
 def waiting(folders: Folders, count: int) -> None:
@@ -192,10 +198,13 @@ def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
     event = daemon.wait_for("held")
     assert event["kind"] == kind
     asked = 60 if kind == "quota" else NEVER  # the endpoint names the time when the quota is renewed
-    assert asked - 1 <= event["seconds"] <= asked
+    assert event["seconds"] <= asked  # what is left of it when it is logged
     for number in range(3):
         narrow.prompt(f"p{number}", f"Number {number}")
-    assert held(narrow, kind)["next_try_at"] == event["next_try_at"]
+    shown = held(narrow, kind)
+    assert shown["next_try_at"] == event["next_try_at"]
+    lasts = datetime.fromisoformat(shown["next_try_at"]) - datetime.fromisoformat(shown["since"])
+    assert abs(lasts.total_seconds() - asked) <= 1
     command(narrow, "hold")  # is applied when the daemon has scanned its inbox once more
     assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
     assert len(content_of(narrow)) == 3
@@ -227,8 +236,9 @@ def test_a_refused_probe_returns_to_the_inbox_unchanged(narrow, hurried, sandbox
     del before[f"{shown}.png"], before[f"{shown}.prompt.txt"]
     assert content_of(narrow) == before
     assert sandbox.report()["charged"] == 0
-    waits = [line["seconds"] for line in daemon.events("held")]
-    assert all(later > 1.9 * earlier for earlier, later in itertools.pairwise(waits))
+    times = [call["at"] for call in sandbox.report()["calls"]]
+    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert all(seconds >= 0.1 * 2**number for number, seconds in enumerate(waits))
     assert narrow.leftovers() == []
 
 
@@ -295,7 +305,9 @@ def test_a_request_outside_the_guard_rails_is_refused_with_the_rule(tmp_path, sa
 
 
 @pytest.mark.parametrize("concurrency", [3, 8])
-def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_flight(tmp_path, sandbox, concurrency):
+def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_flight(
+    tmp_path, sandbox, start, concurrency
+):
     guess, real = 10, 30
     cap = guess * concurrency
     folders = Folders(
@@ -306,10 +318,13 @@ def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_
         limits__credits_per_day=str(cap),
     )
     for number in range(concurrency + 4):
-        folders.prompt(f"p{number}", f"[sandbox: slow 0.3] Number {number}")
-    ended = command(folders, "once")
-    assert (ended.returncode, "limits.credits_per_day" in ended.stderr) == (69, True)
-    assert re.search(r"raise the cap.*; next try at 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", ended.stderr, re.MULTILINE)
+        folders.prompt(f"p{number}", f"Number {number}")
+    sandbox.hold()
+    daemon = start(folders, "once")
+    assert sandbox.wait_for_requests(concurrency, 20)
+    sandbox.release()
+    assert (daemon.wait(), "limits.credits_per_day" in daemon.output) == (69, True)
+    assert re.search(r"raise the cap.*; next try at 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", daemon.output, re.MULTILINE)
     spent = sandbox.report()["credits"]
     assert cap < spent <= cap + (real - guess) * concurrency
     assert spent == real * concurrency  # the worst case: all of them left before the first price was known

@@ -7,14 +7,13 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, LoggedDaemon, until
+from support.daemon import Folders, LoggedDaemon, stopped, until
 
 from imagewatch.system.file_systems import Kinds, eventless, keeps_times, mount_of, table
 
@@ -57,17 +56,6 @@ def status(folders: Folders) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return json.loads((folders.state / "status.json").read_text())
     return {"mode": "", "polled": {"folders": {}}}
-
-
-@contextlib.contextmanager
-def stopped(daemon: LoggedDaemon) -> Iterator[None]:
-    """Keep a daemon from doing anything."""
-    daemon.process.send_signal(signal.SIGSTOP)
-    until(lambda: Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-    try:
-        yield
-    finally:
-        daemon.process.send_signal(signal.SIGCONT)
 
 
 def asked(sandbox: Sandbox) -> list[str]:
@@ -122,6 +110,7 @@ watcher._Folder.on_event = on_event
     until(lambda: status(folders)["mode"] == "native")
     folders.prompt("dog", "A dog")
     over(folders, "cat", "dog")
+    assert daemon.stop() == 0  # and all of its log is read
     assert [line["mode"] for line in daemon.events("watch_mode")] in ([], ["poll", "native"])
 
 
@@ -253,7 +242,7 @@ def test_if_results_cannot_be_written_nothing_is_paid_for(
     (shared.outbox / "sub").mkdir()  # root's
     daemon = scripted(shared, UNPRIVILEGED)
     for stem in ("sub/one", "sub/two", "three"):
-        shared.prompt(stem, "A prompt").chmod(0o644)
+        shared.prompt(stem, "A prompt", 0o644)
     over(shared, "three")
     until(lambda: len(daemon.events("ignored")) == 2)
     for line in daemon.events("ignored"):
@@ -271,7 +260,7 @@ def test_an_inbox_out_of_which_nothing_can_be_claimed_any_more_holds_the_queue_o
     if os.geteuid() != 0:
         pytest.skip("only root may drop a prompt there")
     for number in range(5):
-        shared.prompt(f"p{number}", "A prompt").chmod(0o644)
+        shared.prompt(f"p{number}", "A prompt", 0o644)
     assert daemon.wait_for("held")["kind"] == "disk"
     until(lambda: (status(shared).get("holds") or [{}])[0].get("kind") == "disk")
     assert shared.finished() == {}
@@ -289,8 +278,8 @@ def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     sticky.mkdir()
     sticky.chmod(0o1777)
     daemon = scripted(shared, UNPRIVILEGED)
-    shared.prompt("sticky/theirs", "A prompt").chmod(0o644)
-    shared.prompt("mine", "A prompt").chmod(0o644)
+    shared.prompt("sticky/theirs", "A prompt", 0o644)
+    shared.prompt("mine", "A prompt", 0o644)
     over(shared, "mine")
     event = daemon.wait_for("ignored")
     assert (event["file"], "sticky bit" in event["reason"]) == ("sticky/theirs.prompt.txt", True)
@@ -305,7 +294,7 @@ def test_a_permission_that_is_lost_and_regained_is_logged_once_and_prompts_dropp
     sub, root = shared.inbox / "sub", os.geteuid() == 0
 
     def drop(stem: str) -> None:
-        shared.prompt(stem, "A prompt").chmod(0o644)
+        shared.prompt(stem, "A prompt", 0o644)
 
     sub.chmod(0)
     drop("one")
@@ -454,7 +443,8 @@ def test_another_file_system_inside_the_inbox_is_named_and_delays_no_other_folde
     ignored = daemon.wait_for("ignored")
     assert (ignored["file"], "an inbox of its own" in ignored["reason"]) == ("far", True)
     until(lambda: "far" in status(folders)["ignored"]["files"])  # it is written after the log
-    subprocess.run(["umount", str(folders.inbox / "far")], check=True)
+    unmount = ["umount", str(folders.inbox / "far")]
+    until(lambda: subprocess.run(unmount, capture_output=True, check=False).returncode == 0)  # a scan may have it open
     folders.prompt("far/now", "Now")
     over(folders, "near", "now")
     assert (behind / "far.prompt.txt").exists()

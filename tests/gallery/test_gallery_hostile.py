@@ -233,9 +233,31 @@ def children(parent: int | None = None) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+STOPPING = """
+import sys
+from imagewatch.commands.main import main
+from imagewatch.gallery import decoder
+
+decoder._PROGRAM = '''
+import os, signal, sys
+_, user, *sys.path = sys.argv
+from imagewatch.gallery import shrink
+answer = shrink._answer
+def stop_first(*image):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return answer(*image)
+shrink._answer = stop_first
+shrink.main(int(user))
+'''
+sys.argv[1:] = ["gallery"]
+main()
+"""
+"""The command with a decoder that stops when it has an image, until it is continued."""
+
+
 @pytest.fixture
-def decoding(shelf: Shelf) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A command that processes a slow image, and its decoder."""
+def decoding(shelf: Shelf) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A command that processes a slow image, and its decoder, which is stopped with the image."""
     shelf.completed("slow", SLOW)
     environ = {
         "PATH": os.environ["PATH"],
@@ -243,11 +265,20 @@ def decoding(shelf: Shelf) -> Iterator[tuple[subprocess.Popen[str], int]]:
         "LETTA_API_KEY": "sk-let-0123456789",
         **shelf.environ(),
     }
-    at_work = subprocess.Popen([sys.executable, "-m", "imagewatch", "gallery"], env=environ, stdout=subprocess.PIPE)
-    until(lambda: any(is_confined(child) for child in children(at_work.pid)))
-    yield at_work, children(at_work.pid)[0]
+    at_work = subprocess.Popen([sys.executable, "-c", STOPPING], env=environ, stdout=subprocess.PIPE)
+    until(lambda: any(is_stopped(child) for child in children(at_work.pid)))
+    (decoder,) = children(at_work.pid)
+    yield at_work, decoder
+    if at_work.poll() is None and decoder in children(at_work.pid):
+        os.kill(decoder, signal.SIGKILL)
     at_work.kill()
     at_work.communicate()
+
+
+def is_stopped(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def limits(process: int) -> dict[str, str]:
@@ -285,6 +316,8 @@ def test_a_decoder_does_not_outlive_the_command(decoding):
     at_work, decoder = decoding
     at_work.kill()
     at_work.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(decoder, signal.SIGCONT)
     until(lambda: not is_confined(decoder), 60)
 
 

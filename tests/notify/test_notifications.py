@@ -285,6 +285,7 @@ def test_a_hold_that_lasts_over_a_restart_is_reported_once_and_its_end_too(
     assert command(notified, "hold", "cleaning").returncode == 0
     (held,) = receiver.wait_for(1)
     assert (held["hold"]["kind"], held["hold"]["reason"]) == ("manual", "cleaning")
+    first.wait_for("notified")  # it is recorded: else it would be sent again
     first.kill()
     second = run(notified)
     second.wait_for("held")
@@ -304,7 +305,7 @@ def test_a_hold_that_ended_while_no_daemon_ran_is_reported_later(
 ) -> None:
     daemon = run(notified)
     assert command(notified, "hold").returncode == 0
-    receiver.wait_for(1)
+    daemon.wait_for("notified")  # it is recorded: else it would be sent again
     daemon.kill()
     assert command(notified, "release").returncode == 0
     script = tmp_path / "without_grace.py"

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from support.daemon import Folders, command, until
 from support.pages import marked, page
+from support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,9 +132,7 @@ def test_the_recipe_for_a_file(once: Callable[..., Any], folders: Folders, tmp_p
 def listening(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The receiver of the examples, as another program would run it."""
     (tmp_path / "secret").write_text("a secret\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = [sys.executable, "-I", str(EXAMPLES / "notify_receiver.py"), str(tmp_path / "secret"), str(port)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/") as process:
         until(lambda: is_open(port))

@@ -121,9 +121,9 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     written(tmp_path, changed(version="x" * notice.MOST_BYTES))
     assert notice.read(tmp_path) is None
     os.truncate(tmp_path / notice.JSON, 10**12)
-    began = time.monotonic()
+    began = time.process_time()
     assert notice.read(tmp_path) is None
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_link_a_folder_and_a_pipe_are_not_read(tmp_path: Path) -> None:

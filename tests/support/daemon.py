@@ -22,7 +22,7 @@ from imagewatch.system.text import printable
 from support import explaining
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from imagewatch.config.schema import Config
 
@@ -84,17 +84,19 @@ class Folders:
     def config(self) -> Config:
         return load(None, self.environ)
 
-    def drop(self, name: str, content: str | bytes) -> Path:
-        """Drop a file as a careful sender does: under another name, then renamed."""
+    def drop(self, name: str, content: str | bytes, mode: int | None = None) -> Path:
+        """Drop a file as a careful sender does: under another name, then renamed; it has its mode before it comes."""
         path = self.inbox / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.rename(path)
         return path
 
-    def prompt(self, stem: str, text: str | bytes) -> Path:
-        return self.drop(f"{stem}.prompt.txt", text)
+    def prompt(self, stem: str, text: str | bytes, mode: int | None = None) -> Path:
+        return self.drop(f"{stem}.prompt.txt", text, mode)
 
     def receipt(self, stem: str) -> dict[str, Any]:
         return tomllib.loads((self.outbox / f"{stem}.receipt.toml").read_text())
@@ -264,6 +266,17 @@ class LoggedDaemon:
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
+
+
+@contextlib.contextmanager
+def stopped(daemon: LoggedDaemon) -> Iterator[None]:
+    """Keep a daemon from doing anything."""
+    daemon.process.send_signal(signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    try:
+        yield
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
 
 
 def report_output(command: list[str], code: object, *output: str | bytes | None) -> None:
