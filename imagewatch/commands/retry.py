@@ -7,7 +7,6 @@ accepts that it may be charged twice. One that was charged does not go back: the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -33,6 +32,7 @@ from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.exits import EXIT_FAILED
 from imagewatch.system.folders import is_private
+from imagewatch.system.locks import locked_if_possible
 from imagewatch.system.text import printable, to_json, whole
 from imagewatch.system.untrusted import RefusedError, open_file
 
@@ -248,36 +248,18 @@ class Retry:
         Raises:
             SpoolError: The inbox has a file of that name, another command does the same now, or the disk failed.
         """
-        with self._alone(failed.path):
-            self._put_back(failed)
-
-    @contextlib.contextmanager
-    def _alone(self, path: str) -> Iterator[None]:
-        """Let no other command put the same prompt back meanwhile, as far as the file system has locks.
-
-        If the inbox is on another file system, both would copy the prompt: the daemon might have claimed the first copy
-        when the second one gets its name.
-        """
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                file = self._tops.open_file(path, os.O_RDWR | os.O_NONBLOCK)  # NFS locks only what may be written
-                stack.callback(os.close, file)
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    hint = "nothing was moved; wait until the other command has ended"
-                    raise SpoolError(f"it is being put back already: {printable(path)}", path=path, hint=hint) from None
-                if not self._is_named(file, path):
-                    hint = "nothing was moved; another command has put the prompt back"
-                    raise SpoolError(f"the error file was removed: {printable(path)}", path=path, hint=hint)
-            yield
-
-    def _is_named(self, file: int, path: str) -> bool:
-        """Return whether an open file still has its name."""
+        shown = printable(failed.path)
         try:
-            return os.path.samestat(os.fstat(file), self._tops.lstat(path))
-        except FileNotFoundError:
-            return False
+            # If the inbox is on another file system, two commands would both copy the prompt: the daemon might have
+            # claimed the first copy when the second one gets its name.
+            with locked_if_possible(failed.path, self._tops) as has_name:
+                if not has_name:
+                    hint = "nothing was moved; another command has put the prompt back"
+                    raise SpoolError(f"the error file was removed: {shown}", path=failed.path, hint=hint)
+                self._put_back(failed)
+        except BlockingIOError:
+            hint = "nothing was moved; wait until the other command has ended"
+            raise SpoolError(f"it is being put back already: {shown}", path=failed.path, hint=hint) from None
 
     def _put_back(self, failed: Failed) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)

@@ -88,6 +88,45 @@ def _translated_lock(path: str) -> Iterator[None]:
         raise SpoolError(message, path=path, code=error.errno or 0, hint=hint) from error
 
 
+@contextlib.contextmanager
+def locked_if_possible(path: str, tops: Tops) -> Iterator[bool]:
+    """Lock a file that is there during the block, if its file system has locks and we may write it.
+
+    Args:
+        path: The file; a link is not followed.
+        tops: The folders that were opened.
+
+    Returns:
+        Whether the file still had its name when it was locked: whoever had the lock before may have removed it.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    try:
+        file = tops.open_file(path, os.O_RDWR | os.O_NONBLOCK)  # NFS locks only what may be written
+    except OSError:
+        yield tops.exists(path)
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # there are no locks
+            yield tops.exists(path)
+            return
+        yield _has_name(file, path, tops)
+    finally:
+        os.close(file)
+
+
+def _has_name(file: int, path: str, tops: Tops) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), tops.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
 def locked(path: str) -> bool:
     """Return whether a process has a lock, without taking it for longer than an instant."""
     try:
