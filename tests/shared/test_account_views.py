@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from support import noon
 from support.daemon import command, until
 
-from shared.test_account_holds import LONG, Account, account, rows, until_held
+from shared.test_account_holds import LONG, Account, account, rows, until_held, until_none_in_flight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,7 +187,7 @@ def _notified(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
-    account: Account, sandbox: Sandbox, tmp_path: Path
+    account: Account, sandbox: Sandbox, postgres: Server, tmp_path: Path
 ) -> None:
     receiver, path = tmp_path / "receiver.py", tmp_path / "received"
     receiver.write_text(RECEIVER)
@@ -199,6 +199,7 @@ def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
     sandbox.balance = 0
     account.prompts(1)
     until_held(account)
+    until_none_in_flight(account, postgres)
     sandbox.balance = None
     assert command(account.folders["two"], "release").returncode == 0
 
