@@ -114,9 +114,10 @@ def test_what_was_claimed_when_its_job_was_over_goes_back_into_the_inbox(inbox: 
     count_steps(world)
     ((job, *_),) = world.attempts()
     folders = world.folders()
-    late = folders.inbox / ".imagewatch" / f"{job}.1"
-    late.mkdir()
-    (late / "dog.prompt.txt").write_text("a dog that a daemon claimed before it was killed")
+    outside = folders.root / "outside"
+    outside.mkdir()
+    (outside / "dog.prompt.txt").write_text("a dog that a daemon claimed before it was killed")
+    outside.rename(folders.inbox / ".imagewatch" / f"{job}.1")  # an empty folder would be removed
     world.settle()
     until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
     assert world.calls("a dog that a daemon claimed before it was killed") == 1
