@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 __all__ = ["account"]
+SESSIONS_OF_THREE = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name LIKE 'imagewatch %three'"""
 FRESH = {"inbox__rescan_seconds": "1"}
 """A daemon writes its status when something of its own changes, and with each scan: sums of others may be older."""
 
@@ -43,6 +46,7 @@ def test_status_all_shows_running_stopped_and_killed_daemons_and_the_sums_of_the
     until(lambda: account.completed() == 6, saw=account.log)
     account.daemons["two"].stop()
     account.daemons["three"].kill()
+    until(lambda: rows(postgres, account, SESSIONS_OF_THREE) == [(0,)])  # the last that it has sent is done
     rows(postgres, account, "UPDATE imagewatch.instances SET seen_at = seen_at - 11 WHERE name = 'three'")
     code, page = _page(account.folders["one"])
     assert (code, page["account"], page["today"]["completed"]) == (0, "main", 6)
