@@ -39,6 +39,7 @@ def _page(folders: Folders) -> tuple[int, dict[str, Any]]:
 def test_status_all_shows_running_stopped_and_killed_daemons_and_the_sums_of_the_account(
     account: Account, postgres: Server
 ) -> None:
+    noon.day_lasts()
     for name in ("one", "two", "three"):
         account.member(name, **FRESH)
     account.start("one", "two", "three")
