@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support import noon
 from support.daemon import Folders, command, until
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def strict(text: str) -> Any:
 
 @pytest.fixture
 def rich(folders: Folders) -> Folders:
-    """Two jobs that each cost the largest possible number, and a similar prompt that waits."""
+    """Two jobs of today that each cost the largest possible number, and a similar prompt that waits."""
+    noon.day_lasts()
     for number in range(2):
         folders.prompt(f"cat{number}", "a cat")
     assert command(folders, "once").returncode == 0

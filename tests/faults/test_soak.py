@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from support.daemon import Folders, LoggedDaemon, until
+from support.daemon import PATIENCE, Folders, LoggedDaemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +32,11 @@ pause = threading.Event().wait
 
 
 class Sender(threading.Thread):
-    """Drops its share of the prompts, each in a different way."""
+    """Drops its share of the prompts, each in a different way; the second half after the daemon was killed often."""
 
-    def __init__(self, inbox: Path, outside: Path, numbers: range, seed: int) -> None:
+    def __init__(self, inbox: Path, outside: Path, numbers: range, seed: int, disturbed: threading.Event) -> None:
         super().__init__(daemon=True)
+        self._disturbed = disturbed
         self._inbox = inbox
         self._outside = outside
         self._numbers = numbers
@@ -44,6 +45,8 @@ class Sender(threading.Thread):
     def run(self) -> None:
         ways = (self.copy, self.rename, self.like_rsync, self.slowly, self.with_image, self.in_a_folder, self.linked)
         for number in self._numbers:
+            if number >= PROMPTS / 2:
+                self._disturbed.wait(PATIENCE)
             folder = self._inbox / self._random.choice(("", "", "a", "a/b", f"c{number % 5}"))
             folder.mkdir(parents=True, exist_ok=True)
             self._random.choice(ways)(folder, f"s{number:05}")
@@ -96,9 +99,10 @@ def test_nothing_is_lost_or_paid_twice_with_any_sender_and_kills_at_any_time(
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="0.5", limits__concurrency=str(CONCURRENCY))
     outside = tmp_path / "outside"
     outside.mkdir()
-    random = Random(SEED)
+    random, disturbed = Random(SEED), threading.Event()
     senders = [
-        Sender(folders.inbox, outside, range(first, PROMPTS, SENDERS), random.random()) for first in range(SENDERS)
+        Sender(folders.inbox, outside, range(first, PROMPTS, SENDERS), random.random(), disturbed)
+        for first in range(SENDERS)
     ]
     for sender in senders:
         sender.start()
@@ -109,6 +113,8 @@ def test_nothing_is_lost_or_paid_twice_with_any_sender_and_kills_at_any_time(
         daemon.process.kill()
         daemon.end()
         kills += 1
+        if kills > 2:
+            disturbed.set()
     daemon = run(folders)
     for sender in senders:
         sender.join()

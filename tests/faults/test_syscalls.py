@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from support import noon
 from support.audit import ORDERS, Audit, Order, drop
 from support.daemon import KEY, Folders, Running
 from support.tracing import KILL, Fault, Point, Traced, reason_not_to_trace, trace
@@ -132,6 +133,8 @@ class InboxRun:
     """
 
     def __init__(self, root: Path, scene: Scene, sandbox: Sandbox) -> None:
+        if scene.cap:
+            noon.day_lasts()
         self.folders = scene.folders(root, sandbox)
         self.output: list[str] = []
         self._scene = scene

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -170,7 +171,12 @@ def test_a_prompt_in_the_mounted_folder_becomes_an_image_that_belongs_to_the_use
     assert started.receipt("cat")["charged"] == "yes"
     assert started.receipt("cat")["owner"] == "1000"
     assert sandbox.report()["charged"] == 1
-    owners = {(path.stat().st_uid, path.stat().st_gid) for path in below(started.root)}
+    until(lambda: (started.names("archive"), started.names("inbox")) == (["cat.prompt.txt"], []), saw=started.log)
+    owners = set()
+    for path in below(started.root):
+        with contextlib.suppress(FileNotFoundError):  # a status file that was replaced
+            status = path.stat()
+            owners.add((status.st_uid, status.st_gid))
     assert owners == {(OWNER, OWNER)}
     done = started.follow("look")
     assert re.search(r"^ok +key +from .*letta_api_key", done.stdout, re.MULTILINE), done.stdout

@@ -142,6 +142,14 @@ def walk(top: Path) -> Iterator[Path]:
             yield Path(folder, name)
 
 
+def seen(path: Path) -> os.stat_result | None:
+    """Return what a path is, links as links; None if a running daemon has removed it since it was listed."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
     """Return what a folder is, and everything in it. By its time a folder shows also what was in it for a moment."""
     found = {}

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
+from support import noon
 
 from security.world import CLAIMS, World
 
@@ -72,6 +73,7 @@ def test_a_claims_folder_of_the_attackers_with_a_link_to_the_key_does_not_give_t
 def test_a_claims_folder_of_the_attackers_with_a_link_to_the_state_leaves_ledger_lock_and_caps_as_they_are(
     new_world: Callable[..., World],
 ) -> None:
+    noon.day_lasts()
     world = new_world(settings={"limits": {"credits_per_day": 100, "assumed_credits": 30}})  # an image costs 30
     first = world.start()
     world.honest_prompt_is_completed("before")

@@ -279,6 +279,7 @@ def test_status_names_files_of_each_folder_however_many_one_has(
         drop(folders, f"{name}/empty", "")
         (folders.inbox / f"{name}/note.txt").touch()
     daemon = run(folders)
+    until(lambda: status(folders)["ignored"]["count"] == 3003)  # it is ready after 5 s though not all is scanned
     page = status(folders)
     assert daemon.stop() == 0
     assert (page["ignored"]["count"], len(page["ignored"]["files"])) == (3003, 100)

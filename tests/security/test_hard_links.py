@@ -6,14 +6,15 @@ The links are made by root: most systems keep users from linking to files that t
 from __future__ import annotations
 
 import os
+import stat
 from typing import TYPE_CHECKING
 
 import pytest
 import tomli_w
 from support.endpoint import unique_png
 
-from security.people import DAEMON, HONEST, walk
-from security.world import MARK, PRIVATE_IMAGE, World, give
+from security.people import DAEMON, HONEST, seen, walk
+from security.world import MARK, PRIVATE_IMAGE, World, give, holds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,10 +56,10 @@ class Secrets:
         self._world.nothing_private_was_sent()
         known = {(file.stat().st_dev, file.stat().st_ino) for file in self._before}
         for path in walk(self._world.top):
-            status = path.lstat()
-            if path.is_file() and not path.is_symlink() and (status.st_dev, status.st_ino) not in known:
+            status = seen(path)
+            if status and stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in known:
                 outside = self._world.home not in path.parents
-                assert not (outside and MARK.encode() in path.read_bytes()), f"{path} holds what is private"
+                assert not (outside and holds(path, (MARK,))), f"{path} holds what is private"
         assert self._world.attacker.readable_with(str(self._world.top), [MARK]) == []
         assert MARK not in self._world.log()
         for file, before in self._before.items():

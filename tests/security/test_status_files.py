@@ -39,6 +39,7 @@ def test_links_to_private_files_are_replaced_and_never_followed(world: World, mo
     world.start()
     is_written(world)
     world.honest_prompt_is_completed()
+    world.is_idle()
     world.nothing_leaked()
     world.state_is_whole()
 
@@ -49,6 +50,7 @@ def test_a_folder_of_a_user_in_the_place_of_the_files_stops_nothing(world: World
         world.attacker.mkdir(world.root / name)
     daemon = world.start()
     world.honest_prompt_is_completed()
+    daemon.wait_for("status_failed")
     assert len(daemon.events("status_failed")) == 1
     for name in NAMES:
         world.attacker.rmdir(world.root / name)
@@ -61,6 +63,7 @@ def test_a_daemon_that_may_not_write_there_logs_it_once_and_continues(world: Wor
     give(world.root, 0o755, 0)
     daemon = world.start()
     world.honest_prompt_is_completed()
+    daemon.wait_for("status_failed")
     assert len(daemon.events("status_failed")) == 1
     assert not any((world.root / name).exists() for name in NAMES)
 

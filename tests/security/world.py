@@ -13,10 +13,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from support.daemon import KEY, Folders, LoggedDaemon, until
+from support.daemon import KEY, Folders, LoggedDaemon, below, until
 from support.endpoint import unique_png
 
-from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, snapshot, walk
+from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, seen, snapshot, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,7 +250,7 @@ class World(Folders):
         for folder, before in self._before.items():
             assert snapshot(folder) == before, f"{folder} was changed"
         tops = (self.root, self.state, *places)
-        holding = [path for top in tops for path in walk(top) if _holds(path, (KEY, MARK))]
+        holding = [path for top in tops for path in walk(top) if holds(path, (KEY, MARK))]
         assert holding == [], "what is private is where it does not belong"
         assert self.attacker.readable_with(str(self.top), [KEY, MARK]) == []
         self.nothing_private_was_sent()
@@ -280,7 +280,7 @@ class World(Folders):
         if not jobs:
             assert self.open_jobs() == []
             assert list((self.state / "answers").iterdir()) == []
-        assert [path for path in self.state.rglob("*") if path.lstat().st_uid != DAEMON] == []
+        assert [path for path in below(self.state) if (now := seen(path)) and now.st_uid != DAEMON] == []
 
     def honest_prompt(self, name: str = "honest", text: str = "an honest prompt") -> str:
         """Drop a prompt into the folder of an honest user; return its path below the inbox."""
@@ -308,8 +308,11 @@ def give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> No
     path.chmod(mode)
 
 
-def _holds(path: Path, secrets: tuple[str, ...]) -> bool:
+def holds(path: Path, secrets: tuple[str, ...]) -> bool:
+    """Return whether a plain file has one of these texts in it."""
     if not path.is_file() or path.is_symlink():
         return False
-    content = path.read_bytes()
+    content = b""
+    with contextlib.suppress(FileNotFoundError):  # a running daemon has just replaced or removed it
+        content = path.read_bytes()
     return any(secret.encode() in content for secret in secrets)

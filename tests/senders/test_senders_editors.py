@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -45,7 +46,12 @@ def typed(parcel: Parcel) -> tuple[str, str]:
 
 
 def saved(prompt: Path, text: str) -> None:
-    until(lambda: prompt.exists() and prompt.read_text() == text)
+    def has_text() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # some editors move the old file away first
+            return prompt.read_text() == text
+        return False
+
+    until(has_text)
 
 
 # Real editors on a terminal

@@ -114,9 +114,14 @@ def until_held(account: Account, kind: str = "credits") -> None:
         until(lambda daemon=daemon: kind in [one["kind"] for one in daemon.events("held")], saw=account.log)
 
 
+def until_none_in_flight(account: Account, postgres: Server) -> None:
+    """Wait until no request is in flight: a refusal that is noted after the end of its hold begins another one."""
+    until(lambda: rows(postgres, account, IN_FLIGHT) == [(0,)], saw=account.log)
+
+
 def hold_the_next_probe(account: Account, sandbox: Sandbox, postgres: Server) -> int:
     """Let the endpoint have a probe that it does not answer; return how many requests it had got before."""
-    until(lambda: rows(postgres, account, IN_FLIGHT) == [(0,)], saw=account.log)
+    until_none_in_flight(account, postgres)
     before: int = sandbox.report()["requests"]
     sandbox.hold()
     assert command(account.folders["one"], "release").returncode == 0
@@ -135,6 +140,7 @@ def test_a_refusal_of_the_account_is_reported_once_over_all_daemons_and_all_resu
     until(account.errors, saw=account.log)
     assert len(account.errors()) == 1, account.log()
     assert [len(daemon.events("held")) for daemon in account.daemons.values()] == [1, 1, 1], account.log()
+    until_none_in_flight(account, postgres)
     sandbox.balance = None
     until(lambda: account.completed() == 8, saw=account.log)
     assert len(account.errors()) == 1
@@ -153,7 +159,7 @@ def test_one_probe_is_in_flight_at_a_time_over_all_daemons(
     assert not sandbox.wait_for_requests(before + 2, 2.5)  # all others are due meanwhile
     sandbox.balance = None
     sandbox.release()  # the probe was refused when it came
-    until(lambda: rows(postgres, account, IN_FLIGHT) == [(0,)], saw=account.log)
+    until_none_in_flight(account, postgres)
     assert command(account.folders["one"], "release").returncode == 0
     until(lambda: account.completed() == 8, saw=account.log)
 
@@ -193,12 +199,15 @@ def test_another_daemon_probes_after_the_one_that_probed_was_killed(
     assert account.daemons["two"].wait_for("released")["kind"] == "credits"
 
 
-def test_release_on_one_host_sends_the_next_probe_immediately(account: Account, sandbox: Sandbox) -> None:
+def test_release_on_one_host_sends_the_next_probe_immediately(
+    account: Account, sandbox: Sandbox, postgres: Server
+) -> None:
     sandbox.balance = 0
     account.start("one", "two", first_seconds=LONG)
     account.prompts(2)
     until_held(account)
     until(account.errors, saw=account.log)
+    until_none_in_flight(account, postgres)
     sandbox.balance = None
     assert command(account.folders["one"], "release").returncode == 0
     until(lambda: account.completed() == 3, saw=account.log)
@@ -208,9 +217,9 @@ def test_no_daemon_of_the_account_records_an_attempt_after_hold_account_returned
     account: Account, sandbox: Sandbox, postgres: Server
 ) -> None:
     account.start("one", "two")
+    sandbox.hold()
     account.prompts(60)
     assert sandbox.wait_for_requests(4, PATIENCE), account.log()
-    sandbox.hold()
     held = command(account.folders["one"], "hold", "--account", "the invoice is checked")
     attempts = rows(postgres, account, "SELECT count(*) FROM imagewatch.attempts")
     assert held.returncode == 0, held.stderr

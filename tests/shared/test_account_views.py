@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from support import noon
 from support.daemon import command, until
 
-from shared.test_account_holds import LONG, Account, account, rows, until_held
+from shared.test_account_holds import LONG, Account, account, rows, until_held, until_none_in_flight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 __all__ = ["account"]
+SESSIONS_OF_THREE = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name LIKE 'imagewatch %three'"""
 FRESH = {"inbox__rescan_seconds": "1"}
 """A daemon writes its status when something of its own changes, and with each scan: sums of others may be older."""
 
@@ -36,6 +39,7 @@ def _page(folders: Folders) -> tuple[int, dict[str, Any]]:
 def test_status_all_shows_running_stopped_and_killed_daemons_and_the_sums_of_the_account(
     account: Account, postgres: Server
 ) -> None:
+    noon.day_lasts()
     for name in ("one", "two", "three"):
         account.member(name, **FRESH)
     account.start("one", "two", "three")
@@ -43,6 +47,7 @@ def test_status_all_shows_running_stopped_and_killed_daemons_and_the_sums_of_the
     until(lambda: account.completed() == 6, saw=account.log)
     account.daemons["two"].stop()
     account.daemons["three"].kill()
+    until(lambda: rows(postgres, account, SESSIONS_OF_THREE) == [(0,)])  # the last that it has sent is done
     rows(postgres, account, "UPDATE imagewatch.instances SET seen_at = seen_at - 11 WHERE name = 'three'")
     code, page = _page(account.folders["one"])
     assert (code, page["account"], page["today"]["completed"]) == (0, "main", 6)
@@ -187,7 +192,7 @@ def _notified(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
-    account: Account, sandbox: Sandbox, tmp_path: Path
+    account: Account, sandbox: Sandbox, postgres: Server, tmp_path: Path
 ) -> None:
     receiver, path = tmp_path / "receiver.py", tmp_path / "received"
     receiver.write_text(RECEIVER)
@@ -199,6 +204,7 @@ def test_a_hold_and_a_cap_of_the_account_are_notified_once_over_all_daemons(
     sandbox.balance = 0
     account.prompts(1)
     until_held(account)
+    until_none_in_flight(account, postgres)
     sandbox.balance = None
     assert command(account.folders["two"], "release").returncode == 0
 

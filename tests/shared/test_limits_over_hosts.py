@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 NAMES = ("one", "two", "three")
+NOT_COPIED = shutil.ignore_patterns("*.lock", "lock", "*.tmp")
+"""Of the state folder of a daemon that runs; a temporary file of its status is gone the next moment."""
 FAKE_HOST = """
 import os, socket
 socket.gethostname = lambda: os.environ["FAKE_HOST"]
@@ -124,7 +126,7 @@ def test_the_older_of_two_daemons_with_one_name_sends_nothing_any_more_and_repor
     until(lambda: account.is_over(1))
     copy = Account(account.server, account.uri, tmp_path / "copy").member("one", sandbox.base_url)
     shutil.rmtree(copy.state, ignore_errors=True)
-    shutil.copytree(one.state, copy.state, ignore=shutil.ignore_patterns("*.lock", "lock"))
+    shutil.copytree(one.state, copy.state, ignore=NOT_COPIED)
     run(copy)
     one.prompt("cat", "cat")
     until(lambda: one.holds() == ["database"], saw=older.log)
@@ -142,7 +144,7 @@ def test_a_response_that_comes_after_another_daemon_has_taken_the_name_is_record
     one = account.member("one", sandbox.base_url)
     older = run(one)
     copy = Account(account.server, account.uri, tmp_path / "copy").member("one", sandbox.base_url)
-    shutil.copytree(one.state, copy.state, ignore=shutil.ignore_patterns("*.lock", "lock"))
+    shutil.copytree(one.state, copy.state, ignore=NOT_COPIED)
     sandbox.hold()
     one.prompt("cat", "cat")
     assert sandbox.wait_for_requests(1, PATIENCE)

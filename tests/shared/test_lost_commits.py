@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from support.postgres import Server
     from support.proxy import Proxy
 
-PATIENCE = 2.0
+PATIENCE = 20.0
+"""How long a change is waited for where no test waits for its end, however busy the machine is, seconds."""
+SHORT = 2.0
 FLUX = Asked("flux", "kind", 1)
 SLOW_COMMIT = """
 CREATE TABLE gate ();
@@ -55,7 +57,7 @@ def spend(journal: Journal, one: Row) -> Any:
 
 @pytest.fixture
 def member() -> Iterator[Callable[..., Journal]]:
-    """Return a function that makes the journal of a daemon of the account; it gives up early."""
+    """Return a function that makes the journal of a daemon of the account."""
     from imagewatch.journal.postgres.database import PostgresDatabase  # noqa: PLC0415  psycopg may be missing
     from imagewatch.journal.postgres.place import Place  # noqa: PLC0415
     from imagewatch.journal.postgres.tables import initialize  # noqa: PLC0415
@@ -157,7 +159,7 @@ def test_a_commit_that_did_not_arrive_leaves_a_row_that_keeps_the_attempt_from_b
 def test_a_commit_that_comes_later_than_the_next_question_does_not_let_the_attempt_be_sent(
     database: str, postgres: Server, proxy: Proxy, member: Callable[..., Journal], end: str
 ) -> None:
-    journal = member(proxy.through(database))
+    journal = member(proxy.through(database), patience=SHORT if end == "it gives up" else PATIENCE)
     journal.require(prove=True)
     postgres.psql(SLOW_COMMIT, database.rpartition("/")[2])
     with ThreadPoolExecutor(1) as pool:
@@ -361,5 +363,6 @@ def test_times_are_those_of_the_database_whatever_the_clock_of_the_host_says(
             changed.setattr(time, "time", lambda real=real, seconds=seconds: real() + seconds)
             journal = member(database, f"host{seconds:.0f}")
             journal.require()
-            ((at,),) = postgres.psql("SELECT extract(epoch FROM clock_timestamp())::float8")
-            assert abs(journal.clock() - at) < 5
+            question = "SELECT extract(epoch FROM clock_timestamp())::float8"
+            (((before,),), at, ((after,),)) = postgres.psql(question), journal.clock(), postgres.psql(question)
+            assert before - 5 < at < after + 5

@@ -116,6 +116,7 @@ def test_a_daemon_that_is_stopped_finishes_its_jobs_and_lets_another_one_lead_im
     assert not sandbox.wait_for_requests(5, 1), "no daemon sends more than limits.concurrency at the same time"
     assert one.log is not None
     assert two.log is not None
+    one.log.wait_for("leader_started")
     assert (len(one.events("leader_started")), two.events("leader_started")) == (1, [])
     one.signal(signal.SIGTERM)
     until(lambda: team.leader() == "two", saw=lambda: "its lease lasts ten minutes")

@@ -18,6 +18,13 @@ def environ() -> dict[str, str]:
     return {_NAME: str(_DAY / 2 - time.time() % _DAY)}
 
 
+def day_lasts(seconds: float = 60.0) -> None:
+    """Wait until no day ends within some seconds, for a daemon whose clock stays as it is."""
+    from support.daemon import PATIENCE, until  # noqa: PLC0415  a daemon that runs this file needs none of it
+
+    until(lambda: time.time() % _DAY < _DAY - seconds, seconds + PATIENCE, what="the next day")
+
+
 def apply() -> None:
     """Let the journals of this process have the clock that its environment says, if it says one."""
     if _NAME not in os.environ:

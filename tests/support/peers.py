@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 20.0
 """How long a commit is waited for, seconds."""
+DEADLINE = "30"
+"""How long a response is waited for, seconds: none of the requests takes as long, however busy the machine is."""
 
 
 class HookedDisk(SteppingDisk):
@@ -160,7 +162,7 @@ class Peers:
 
     def add(self, name: str, database: str = "", **settings: str) -> Peer:
         """Make another daemon; the first one is called ``one``."""
-        given = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": "3", **settings}
+        given = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": DEADLINE, **settings}
         peer = Peer(self._root, name, self._base_url, database or self._database, self._inbox, **given)
         self._end.callback(peer.close)
         self._peers.append(peer)
