@@ -109,7 +109,7 @@ class NamedJobs:
         self._blind = blind
         self._clock = clock
         self._notes = Notes(config.folders.inbox, self._folder)
-        # When the status was written before a prompt was dropped, and when that was.
+        # Of each prompt that waits: when the status was written before it was dropped or found, and when that was.
         self._dropped: dict[str, tuple[datetime | None, float]] = {}
         self._tops = Tops.of(config.folders.outbox)
 
@@ -213,11 +213,11 @@ class NamedJobs:
     def is_silent(self, job: Job, status: notice.Notice) -> bool:
         """Return whether a prompt waits for so long that a daemon would have written its status again, and has not.
 
-        Only known of what this process has dropped: the clock of the daemon may be another one.
+        The clock of the daemon may be another one. So it counts since when this process knows that the prompt waits.
         """
-        if job.state != "waiting" or job.name not in self._dropped:
+        if job.state != "waiting":
             return False
-        written_before, at = self._dropped[job.name]
+        written_before, at = self._dropped.setdefault(job.name, (status.written_at, self._clock()))
         return status.written_at == written_before and self._clock() - at >= silent_seconds(self._config.inbox)
 
     def open_image(self, path: str) -> FileIO:

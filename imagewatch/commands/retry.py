@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import stat
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from imagewatch.journal.control import Control
 from imagewatch.protocol.names import ERROR, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
+from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
@@ -256,10 +258,15 @@ class Retry:
                 if not has_name:
                     hint = "nothing was moved; another command has put the prompt back"
                     raise SpoolError(f"the error file was removed: {shown}", path=failed.path, hint=hint)
+                if self.read(failed.path) != failed:
+                    hint = "nothing was moved; run the command again"
+                    raise SpoolError(f"the error file is another one now: {shown}", path=failed.path, hint=hint)
                 self._put_back(failed)
         except BlockingIOError:
             hint = "nothing was moved; wait until the other command has ended"
-            raise SpoolError(f"it is being put back already: {shown}", path=failed.path, hint=hint) from None
+            raise SpoolError(
+                f"another command has locked the error file: {shown}", path=failed.path, hint=hint
+            ) from None
 
     def _put_back(self, failed: Failed) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)
@@ -286,19 +293,35 @@ class Retry:
 
     def _move(self, failed: Failed, there: list[tuple[str, str]]) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)
+        leftovers.remove(self._disk, [target], {})
+        mark = self._mark(failed.path)
         for number, (path, new) in enumerate(there):
-            temporary, mtime_ns = (
-                os.path.join(target, f".iw-{failed.job}.{number}.tmp"),
-                0 if new.endswith(SUFFIX) else None,
-            )
+            # Where there are no locks, two commands may do this at the same time.
+            name = f".iw-{failed.job}.{number}.{secrets.randbelow(10**18)}.tmp"
+            temporary, mtime_ns = os.path.join(target, name), 0 if new.endswith(SUFFIX) else None
+            still = functools.partial(self._require_source, path, failed.path, mark)
             try:
-                self._disk.carry(path, new, temporary, mtime_ns=mtime_ns)
+                self._disk.carry(path, new, temporary, mtime_ns=mtime_ns, check=still)
             except FileExistsError:
                 raise _taken(new) from None
         self._disk.sync_folder(target)
         self._disk.sync_folder(os.path.dirname(target))
         self._disk.unlink(failed.path)
         self._disk.sync_folder(source)
+
+    def _require_source(self, path: str, error_file: str, mark: tuple[int, ...]) -> None:
+        """Check that a file was not put back by another command meanwhile: the daemon may have claimed it already."""
+        if not self._tops.exists(path) or self._mark(error_file) != mark:
+            hint = "another command has put it back"
+            raise SpoolError(f"the file was moved meanwhile: {printable(path)}", path=path, hint=hint)
+
+    def _mark(self, path: str) -> tuple[int, ...]:
+        """Return what distinguishes a file from another one of its name; nothing if there is none."""
+        try:
+            status = self._tops.lstat(path)
+        except FileNotFoundError:
+            return ()
+        return status.st_dev, status.st_ino, status.st_ctime_ns
 
     def _require_free(self, there: list[tuple[str, str]]) -> None:
         for path, new in there:

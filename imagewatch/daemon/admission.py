@@ -99,6 +99,7 @@ class Admission(HoldsThereAre):
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = self._knows_holds = False
+        self._passed = 0.0
 
     def configure(
         self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object], key_step: Callable[[], str]
@@ -244,28 +245,31 @@ class Admission(HoldsThereAre):
         most = self._limits.burst
         if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
             self._begin(Reason("burst", f"{new} prompts arrived at the same time; limits.burst allows {most}"))
+        with contextlib.suppress(SpoolError):  # the next time
+            self._keep_passed()
 
-    def follow(self, newest: float = 0.0) -> None:
+    def follow(self, changed: Mapping[str, float] | None = None) -> None:
         """Do what commands have asked for, and check the key file.
 
         Args:
-            newest: Newest ctime of a prompt in the inbox, seconds since the epoch.
+            changed: As for ``BurstGuard.count``, if it is known.
         """
         try:
             self._read_account()
-            self._read_control(newest)
+            self._read_control(changed or {})
         except SpoolError as error:  # the request of the command stays, and is read again
             self.failed(error)
         self.check_key()
 
-    def _read_control(self, newest: float) -> None:
+    def _read_control(self, changed: Mapping[str, float]) -> None:
         self._remember_holds()
         if self._control.release_pending():
             self._since = self._now()
-            self.burst.let_pass(newest)
+            self.burst.let_pass(changed)
             self.shared.probe_now()  # what concerns other daemons, too, is not ended by this one
             self.stores.held_by.clear()  # a job that still fails puts the queue on hold again
             self._control.released(self.burst.passed)
+            self._passed = self.burst.passed
             self._end(self._holds.clear())
         reason, before = self._control.held(), self._reason
         self._reason = reason
@@ -308,17 +312,20 @@ class Admission(HoldsThereAre):
         if self._knows_holds:
             return
         self._control.adopt()
-        self._resume_burst(self._control.passed())
+        self._passed = self._control.passed()
+        self.burst.resume(self._passed)
+        self._keep_passed()
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)
                 self._holds.resume(self._with_step(Reason(kind, message)), self._now())
         self._knows_holds = True
 
-    def _resume_burst(self, passed: float) -> None:
-        self.burst.resume(passed)
-        if self.burst.passed != passed:  # else another start, later, would let pass what comes until then
+    def _keep_passed(self) -> None:
+        """Record until when the burst guard counts nothing, if a clock that was set has changed that."""
+        if self.burst.passed != self._passed:
             self._control.let_pass(self.burst.passed)
+            self._passed = self.burst.passed
 
     def patience(self, since: float) -> float:
         """Return after how many seconds a hold is due to be tried again; infinite without one.

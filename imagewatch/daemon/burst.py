@@ -48,7 +48,7 @@ class BurstGuard:
         self._passed = self._passed_at = 0.0
         self._claimed: list[_Claimed] = []
         self._returned: set[str] = set()
-        self._ahead: set[str] = set()
+        self._released: dict[str, float] = {}
         # Of those in the inbox, and when they came: each is a question to the ledger.
         self._finished: dict[str, float] = {}
 
@@ -67,16 +67,17 @@ class BurstGuard:
         """Until which time nothing is counted, seconds since the epoch. An inbox on a server has that one's times."""
         return self._passed
 
-    def let_pass(self, newest: float) -> None:
+    def let_pass(self, changed: Mapping[str, float]) -> None:
         """Count none of the prompts that are in the inbox.
 
         Args:
-            newest: Newest ctime of one, seconds since the epoch. If it is far ahead, the prompts of such a time are
-                remembered by their names: with the time alone, nothing would be counted for a long while.
+            changed: As for ``count``. Prompts whose time is far ahead are remembered by their names: with the newest
+                time alone, nothing would be counted for a long while.
         """
         now = self._clock()
-        self._passed, self._passed_at = max(now, newest if self._may_be(newest) else 0.0), now
-        self._returned = set(self._ahead)
+        self._passed, self._passed_at = max([now, *filter(self._may_be, changed.values())]), now
+        self._released = {source: when for source, when in changed.items() if when > self._passed}
+        self._returned.clear()
         self.forget()
 
     def resume(self, passed: float) -> None:
@@ -107,8 +108,9 @@ class BurstGuard:
         """
         self._notice_clock()
         oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
-        self._ahead = {source for source, when in changed.items() if not self._may_be(when)}
-        came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
+        self._released = {source: when for source, when in self._released.items() if changed.get(source) == when}
+        let_in = self._returned | self._released.keys()
+        came = [source for source, when in changed.items() if when > self._passed and source not in let_in]
         dates = sorted(changed[source] for source in came)
         self._claimed = [
             one
@@ -149,7 +151,7 @@ class BurstGuard:
             changed: Newest ctime of its files, seconds since the epoch.
             is_dated: Whether that is when it came.
         """
-        if self._most and source not in self._returned:
+        if self._most and source not in self._returned and self._released.get(source) != changed:
             self._claimed.append(_Claimed(self._now(), changed, is_dated))
 
     def returned(self, source: str) -> None:

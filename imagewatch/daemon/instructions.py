@@ -44,7 +44,7 @@ class Instructions:
                 parts.caps.soon()
         except SpoolError as error:
             parts.admission.failed(error)
-        parts.admission.follow(max(times.values(), default=0.0))
+        parts.admission.follow(times)
         parts.admission.count(times, self._arrivals.is_finished)
         try:
             for job in parts.control.retries():

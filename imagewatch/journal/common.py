@@ -96,7 +96,9 @@ _MEMBER = f"""
 _UNSENT = """
     UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0, message = ''
     WHERE job = ? AND attempt = ? AND nonce = ? AND outcome IN ('sent', 'unknown')"""
-_ENDED = "SELECT attempt FROM attempts WHERE job = ? AND outcome NOT IN ('sent', 'unknown')"
+_ENDED = """
+    SELECT attempt FROM attempts
+    WHERE job = ? AND (outcome NOT IN ('sent', 'unknown') OR (outcome = 'unknown' AND status <> 0))"""
 _ANY_RECENT = f"""
     SELECT 1 FROM attempts WHERE job = ? AND greatest(claimed_at, sent_at, answered_at) >= {_NOW} - ?
     LIMIT 1"""  # noqa: S608
@@ -345,7 +347,7 @@ class Common:
         for job in values[1]:
             if job not in held:
                 if self._renewed.get(job, math.inf) <= began:  # else it was taken again meanwhile
-                    del self._renewed[job]
+                    self._renewed.pop(job, None)
             elif self._epochs.get(job) == held[job]:
                 self._renewed[job] = began
         return held.keys()

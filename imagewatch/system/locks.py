@@ -110,8 +110,8 @@ def locked_if_possible(path: str, tops: Tops) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
+        except (BlockingIOError, PermissionError) as error:  # SMB reports the second
+            raise BlockingIOError from error
         except OSError:  # there are no locks
             yield tops.exists(path)
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
@@ -16,7 +18,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY, TESTS, Folders, Running, command, stopped, until, until_finished
@@ -461,6 +463,11 @@ def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_wha
     assert requests(sandbox) <= 3
 
 
+def named(*came: float) -> dict[str, float]:
+    """Prompts in the inbox that came at these times."""
+    return {f"b{time}.prompt.txt": time for time in came}
+
+
 class Guard:
     """A burst guard of three prompts within five seconds, by a clock that the test sets."""
 
@@ -485,7 +492,7 @@ class Guard:
     def holds(self, at: float, *came: float) -> bool:
         """Count, at one time, prompts in the inbox that came at other times; return whether they are on hold."""
         self.now = at
-        self.gate.count({f"b{time}.prompt.txt": time for time in came}, lambda _: False)
+        self.gate.count(named(*came), lambda _: False)
         return self._holds.has("burst")
 
 
@@ -573,16 +580,53 @@ def test_a_release_of_a_prompt_that_is_dated_far_ahead_lets_pass_only_what_is_th
     guard.control.prepare()
     assert guard.holds(100.0, 100.0, 100.1, 100.2, 4e9)
     guard.control.release()
-    guard.gate.follow(4e9)
+    guard.gate.follow(named(100.0, 100.1, 100.2, 4e9))
     assert not guard.holds(101.0, 100.0, 100.1, 100.2, 4e9)
     assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3, 4e9)
+
+
+def test_a_release_lets_pass_what_came_during_the_hold_though_the_clock_of_the_server_is_far_ahead(guard):
+    guard.control.prepare()
+    first, later = (220.0, 220.1, 220.2, 220.3), (225.0, 130.0)
+    assert guard.holds(100.0, *first)
+    guard.control.release()
+    guard.gate.follow(named(*first, *later))
+    assert not guard.holds(101.0, *first, *later)
+    assert guard.holds(300.0, 299.0, 299.1, 299.2, 299.3)
+
+
+def test_a_clock_that_was_set_back_is_remembered_over_a_restart(guard):
+    guard.control.prepare()
+    guard.now, guard.ahead = 100.0, 3600.0
+    guard.control.release()
+    guard.gate.follow()
+    guard.ahead = 0.0
+    assert not guard.holds(150.0)
+    assert guard.holds(200.0, 199.0, 199.1, 199.2, 199.3)
+    guard.now = 4000.0
+    guard.restart()
+    guard.gate.follow()
+    assert guard.holds(4001.0, 199.0, 199.1, 199.2, 199.3)
+
+
+def test_new_prompts_with_the_names_of_released_ones_count(guard):
+    guard.control.prepare()
+    dated = {f"p{number}.prompt.txt": 500.0 for number in range(4)}
+    guard.now = 100.0
+    guard.gate.follow(dated)
+    guard.gate.count(dated, lambda _: False)
+    guard.control.release()
+    guard.gate.follow(dated)
+    assert not guard.holds(101.0)
+    guard.gate.count(dict.fromkeys(dated, 102.0), lambda _: False)
+    assert guard.holds(102.0)
 
 
 def test_what_a_release_let_pass_passes_after_a_restart_though_the_clock_of_a_server_is_ahead(guard):
     guard.control.prepare()
     assert guard.holds(100.0, 130.0, 130.1, 130.2, 130.3)
     guard.control.release()
-    guard.gate.follow(130.3)
+    guard.gate.follow(named(130.0, 130.1, 130.2, 130.3))
     guard.restart()
     guard.gate.follow()
     assert not guard.holds(101.0, 130.0, 130.1, 130.2, 130.3)
@@ -1102,15 +1146,24 @@ def test_a_retry_that_was_killed_after_it_moved_the_prompt_is_finished_by_the_ne
 
 
 class Slow(Disk):
-    """A disk on which something happens while a file is about to get its name in the inbox."""
+    """A disk on which something happens while a copy is about to get its name in the inbox."""
 
-    def __init__(self, meanwhile: Callable[[], object]) -> None:
+    def __init__(self, meanwhile: Callable[[], object], before: str = "rename") -> None:
         super().__init__()
-        self._meanwhile = [meanwhile]
+        self._meanwhile, self._before = [meanwhile], before
+
+    def _happens(self) -> None:
+        if self._meanwhile:
+            self._meanwhile.pop()()
+
+    def sync(self, file: IO[bytes], path: str) -> None:
+        if self._before == "sync" and "/inbox/" in path:
+            self._happens()
+        super().sync(file, path)
 
     def rename(self, source: str, target: str) -> None:
-        if ".iw-" in source and self._meanwhile:
-            self._meanwhile.pop()()
+        if self._before == "rename" and ".iw-" in source:
+            self._happens()
         super().rename(source, target)
 
 
@@ -1134,10 +1187,61 @@ def test_two_people_who_retry_a_prompt_at_the_same_moment_send_it_once(tmp_path,
             again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
             again.put_back(again.read(again.find("cat")))
         assert others[0].returncode == 1
-        assert "it is being put back already" in others[0].stderr
+        assert "another command has locked the error file" in others[0].stderr
         assert (folders.names("inbox"), list(Path(errors).iterdir())) == (["cat.prompt.txt"], [])
         assert command(folders, "once").returncode == 1
         assert sandbox.report()["requests"] == 2
+
+
+def test_without_locks_a_second_retry_neither_cuts_the_prompt_nor_puts_it_back_again(tmp_path, sandbox, monkeypatch):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+
+    def has_none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with tempfile.TemporaryDirectory(dir=memory) as errors:
+        folders = Folders(tmp_path, sandbox.base_url, folders__errors=errors)
+        folders.prompt("cat", "[sandbox: 400] No")
+        assert command(folders, "once").returncode == 1
+        config = folders.config()
+
+        def meanwhile() -> None:
+            retry(Disk())
+            assert (folders.inbox / "cat.prompt.txt").read_text() == "[sandbox: 400] No"
+            assert command(folders, "once").returncode == 1
+
+        with open_journal(config) as journal:
+
+            def retry(disk: Disk) -> None:
+                again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
+                again.put_back(again.read(again.find("cat")))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(fcntl, "flock", has_none)
+                with pytest.raises(SpoolError, match="was moved meanwhile"):
+                    retry(Slow(meanwhile, before="sync"))
+        assert folders.names("inbox") == []
+        assert sandbox.report()["requests"] == 2
+
+
+def test_an_error_file_that_became_another_one_is_not_taken_for_the_one_that_was_read(folders, sandbox):
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    config = folders.config()
+    with open_journal(config) as journal:
+        disk = Disk()
+        again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
+        failed = again.read(again.find("cat"))
+        for path in folders.errors.iterdir():
+            path.unlink()
+        folders.prompt("cat", "[sandbox: 502] Maybe")
+        assert command(folders, "once").returncode == 1
+        with pytest.raises(SpoolError, match="is another one now"):
+            again.put_back(failed)
+    assert folders.names("inbox") == []
+    assert folders.error("cat")["charged"] == "unknown"
 
 
 def test_names_that_are_not_utf8_go_back_unchanged_even_if_the_name_existed(folders, sandbox):

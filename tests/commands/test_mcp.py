@@ -505,6 +505,10 @@ def test_a_prompt_that_a_killed_daemon_has_not_seen_is_reported(folders):
     hold(folders.root, next_writing_at=running["next_writing_at"], written_at=notice.at(now - 30))
     answer = answers.job(jobs.find("cat"))
     assert answer["queue"]["state"] == "on_hold", "the clock of its daemon is half a minute behind"
+    another = NamedJobs(folders.config(), "", images, blind=True, clock=lambda: now + passed)
+    assert Answers(another).job(another.find("cat"))["queue"]["state"] == "on_hold"
+    passed += inbox.settle_seconds + inbox.rescan_seconds + 31.0
+    assert Answers(another).job(another.find("cat"))["queue"]["state"] == "not_running"
 
 
 def test_all_prompts_of_a_server_go_into_its_folder(agent, folders, start):
