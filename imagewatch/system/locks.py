@@ -103,7 +103,7 @@ def locked_if_possible(path: str, tops: Tops) -> Iterator[bool]:
         BlockingIOError: Another process has locked it.
     """
     try:
-        file = tops.open_file(path, os.O_RDWR | os.O_NONBLOCK)  # NFS locks only what may be written
+        file = tops.open_file(path, os.O_RDWR)  # NFS locks only what may be written
     except OSError:
         yield tops.exists(path)
         return
