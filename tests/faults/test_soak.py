@@ -107,7 +107,8 @@ def test_nothing_is_lost_or_paid_twice_with_any_sender_and_kills_at_any_time(
     for sender in senders:
         sender.start()
     kills, limit = 0, 120 + PROMPTS / 4
-    while len(folders.finished()) < PROMPTS * 0.9:
+    # Not more kills than that: a busy machine may need longer for a start than the daemon has here.
+    while len(folders.finished()) < PROMPTS * 0.9 and kills < PROMPTS / 8:
         daemon = run(folders, watching=False)
         pause(0.4 + random.random() * 2)  # before, while and after it begins to watch
         daemon.process.kill()
