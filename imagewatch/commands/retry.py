@@ -256,7 +256,7 @@ class Retry:
             # claimed the first copy when the second one gets its name.
             with locked_if_possible(failed.path, self._tops) as has_name:
                 if not has_name:
-                    hint = "nothing was moved; another command has put the prompt back"
+                    hint = "no action needed: another command has put the prompt back"
                     raise SpoolError(f"the error file was removed: {shown}", path=failed.path, hint=hint)
                 if self.read(failed.path) != failed:
                     hint = "nothing was moved; run the command again"
@@ -312,7 +312,7 @@ class Retry:
     def _require_source(self, path: str, error_file: str, mark: tuple[int, ...]) -> None:
         """Check that a file was not put back by another command meanwhile: the daemon may have claimed it already."""
         if not self._tops.exists(path) or self._mark(error_file) != mark:
-            hint = "another command has put it back"
+            hint = "no action needed: another command has put it back"
             raise SpoolError(f"the file was moved meanwhile: {printable(path)}", path=path, hint=hint)
 
     def _mark(self, path: str) -> tuple[int, ...]:

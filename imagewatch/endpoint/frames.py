@@ -262,7 +262,7 @@ class Frames:
 
     def is_there(self) -> bool:
         """Return whether each image has its name, which another program may have removed."""
-        return all(has_name(self._disk, image.file, image.path) for image in self._images.values())
+        return all(self._disk.tops.has_name(image.file.fileno(), image.path) for image in self._images.values())
 
     def sync(self) -> None:
         """Make the images durable, and their names."""
@@ -280,7 +280,7 @@ class Frames:
     def remove(self) -> None:
         """Remove the images: the response was written without frames."""
         for image in self._images.values():
-            if has_name(self._disk, image.file, image.path):
+            if self._disk.tops.has_name(image.file.fileno(), image.path):
                 with contextlib.suppress(SpoolError):
                     self._disk.unlink(image.path)
         self.close()
@@ -290,11 +290,3 @@ class Frames:
         for image in self._images.values():
             with contextlib.suppress(OSError):
                 image.file.close()
-
-
-def has_name(disk: Disk, file: IO[bytes], path: str) -> bool:
-    """Return whether an open file has its name: the folder may have been removed, or replaced."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), disk.tops.lstat(path))
-    except OSError:
-        return False

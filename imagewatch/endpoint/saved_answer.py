@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from msgspec.structs import replace
 
-from imagewatch.endpoint.frames import CHUNK_BYTES, Decoded, Frames, body, has_name, plain, texts
+from imagewatch.endpoint.frames import CHUNK_BYTES, Decoded, Frames, body, plain, texts
 from imagewatch.protocol.values import Head, Tail, dump, load
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import SpoolError
@@ -232,11 +232,11 @@ class Sink:
         A file with a last line has all its images on the disk, whatever ends the process or the computer.
         """
         assert self._file is not None
-        if self._is_named and has_name(self._disk, self._file, self._path) and self._has_images():
+        if self._is_named and self._has_name(self._path) and self._has_images():
             self._disk.sync_folder(os.path.dirname(self._path))  # only that had failed
             return
         self._is_named = False
-        if self._is_suspect or not (has_name(self._disk, self._file, self._part) and self._has_images()):
+        if self._is_suspect or not (self._has_name(self._part) and self._has_images()):
             self._write_again()
         self._is_suspect = True
         if self._frames:
@@ -255,6 +255,10 @@ class Sink:
         self._is_named = True
         if is_synced:
             self._disk.sync_folder(os.path.dirname(self._path))
+
+    def _has_name(self, path: str) -> bool:
+        assert self._file is not None
+        return self._disk.tops.has_name(self._file.fileno(), path)
 
     def _has_images(self) -> bool:
         return not self._frames or self._frames.is_there()

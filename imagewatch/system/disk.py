@@ -155,18 +155,6 @@ class Disk(Moves):
             raise
         self.sync_folder(os.path.dirname(target))
 
-    def _name(self, file: IO[bytes], temporary: str, target: str) -> None:
-        """Give a file its final name, unless the very same is there already."""
-        try:
-            self.rename(temporary, target)
-        except FileExistsError:
-            if not self._same(file, target):
-                raise
-            self.unlink(temporary)
-        except OSError:
-            with disk_errors(target, "rename"):
-                raise
-
     def probe(self, folder: str, name: str) -> None:
         """Prove that a file can be written, synced and removed in a folder."""
         path = os.path.join(folder, name)

@@ -162,17 +162,22 @@ class Moves(DiskCalls):
                         os.utime(copy.fileno(), ns=(mtime_ns, mtime_ns))
                 self.sync(copy, target)
             check()
-            try:
-                self.rename(temporary, target)
-            except FileExistsError:
-                if not self._same(file, target):
-                    raise
-            except OSError:
-                with disk_errors(target, "rename"):
-                    raise
+            self._name(file, temporary, target)
         finally:
             self.unlink(temporary)
         self.sync_folder(os.path.dirname(target))
+
+    def _name(self, file: IO[bytes], temporary: str, target: str) -> None:
+        """Give a file its final name, unless the very same is there already."""
+        try:
+            self.rename(temporary, target)
+        except FileExistsError:
+            if not self._same(file, target):
+                raise
+            self.unlink(temporary)
+        except OSError:
+            with disk_errors(target, "rename"):
+                raise
 
     def same(self, path: str, other: str) -> bool:
         """Return whether two files have the same mtime and bytes; the other one is then durable."""

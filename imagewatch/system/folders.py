@@ -363,6 +363,18 @@ class Tops:
         place = self.at(path)
         return os.open(place.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=place.dir_fd)
 
+    def has_name(self, file: int, path: str) -> bool:
+        """Return whether an open file has its name: it, or its folder, may have been removed or replaced.
+
+        Args:
+            file: Its descriptor.
+            path: Its name.
+        """
+        try:
+            return os.path.samestat(os.fstat(file), self.lstat(path))
+        except OSError:
+            return False
+
     def names(self, path: str, *, folders: bool | None = None) -> list[str]:
         """Return the names in a folder.
 

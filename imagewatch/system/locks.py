@@ -97,7 +97,8 @@ def locked_if_possible(path: str, tops: Tops) -> Iterator[bool]:
         tops: The folders that were opened.
 
     Returns:
-        Whether the file still had its name when it was locked: whoever had the lock before may have removed it.
+        Whether the file still had its name when it was locked: the process that had locked it before may have removed
+        it.
 
     Raises:
         BlockingIOError: Another process has locked it.
@@ -115,16 +116,9 @@ def locked_if_possible(path: str, tops: Tops) -> Iterator[bool]:
         except OSError:  # there are no locks
             yield tops.exists(path)
             return
-        yield _has_name(file, path, tops)
+        yield tops.has_name(file, path)
     finally:
         os.close(file)
-
-
-def _has_name(file: int, path: str, tops: Tops) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), tops.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def locked(path: str) -> bool:

@@ -484,6 +484,12 @@ class Guard:
         self.gate = Admission(spool, journal, self.control, self._holds, lambda **_: None, wall, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None, str)
 
+    def release(self, *came: float) -> None:
+        """Release the queue, with prompts in the inbox that came at these times."""
+        self.control.prepare()
+        self.control.release()
+        self.gate.follow(named(*came))
+
     def claim(self, *times: float, is_dated: bool = True) -> None:
         """Claim a prompt at each time, immediately. A server's clock shows another time."""
         for self.now in times:
@@ -546,10 +552,8 @@ def test_what_was_claimed_long_ago_takes_no_memory_though_a_prompt_stays_in_the_
 
 
 def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_that_comes_after_it_was_set_back(guard):
-    guard.control.prepare()
     guard.now, guard.ahead = 100.0, 864_000.0
-    guard.control.release()
-    guard.gate.follow()
+    guard.release()
     guard.ahead = 0.0
     assert not guard.holds(150.0, 99.0, 99.1, 99.2, 99.3)
     guard.gate.follow()
@@ -557,10 +561,8 @@ def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_that_comes_after_
 
 
 def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_after_a_restart(guard):
-    guard.control.prepare()
     guard.now, guard.ahead = 100.0, 864_000.0
-    guard.control.release()
-    guard.gate.follow()
+    guard.release()
     guard.now, guard.ahead = 150.0, 0.0
     for _ in range(2):
         guard.restart()
@@ -571,35 +573,28 @@ def test_a_release_while_the_clock_was_ahead_lets_nothing_pass_after_a_restart(g
     guard.restart()
     guard.gate.follow()
     assert guard.holds(900_001.0, 200.0, 200.1, 200.2, 200.3)
-    guard.control.release()
-    guard.gate.follow()
+    guard.release()
     assert not guard.holds(900_002.0, 200.0, 200.1, 200.2, 200.3)
 
 
 def test_a_release_of_a_prompt_that_is_dated_far_ahead_lets_pass_only_what_is_there(guard):
-    guard.control.prepare()
     assert guard.holds(100.0, 100.0, 100.1, 100.2, 4e9)
-    guard.control.release()
-    guard.gate.follow(named(100.0, 100.1, 100.2, 4e9))
+    guard.release(100.0, 100.1, 100.2, 4e9)
     assert not guard.holds(101.0, 100.0, 100.1, 100.2, 4e9)
     assert guard.holds(200.3, 200.0, 200.1, 200.2, 200.3, 4e9)
 
 
 def test_a_release_lets_pass_what_came_during_the_hold_though_the_clock_of_the_server_is_far_ahead(guard):
-    guard.control.prepare()
     first, later = (220.0, 220.1, 220.2, 220.3), (225.0, 130.0)
     assert guard.holds(100.0, *first)
-    guard.control.release()
-    guard.gate.follow(named(*first, *later))
+    guard.release(*first, *later)
     assert not guard.holds(101.0, *first, *later)
     assert guard.holds(300.0, 299.0, 299.1, 299.2, 299.3)
 
 
 def test_a_clock_that_was_set_back_is_remembered_over_a_restart(guard):
-    guard.control.prepare()
     guard.now, guard.ahead = 100.0, 3600.0
-    guard.control.release()
-    guard.gate.follow()
+    guard.release()
     guard.ahead = 0.0
     assert not guard.holds(150.0)
     assert guard.holds(200.0, 199.0, 199.1, 199.2, 199.3)
@@ -610,7 +605,6 @@ def test_a_clock_that_was_set_back_is_remembered_over_a_restart(guard):
 
 
 def test_new_prompts_with_the_names_of_released_ones_count(guard):
-    guard.control.prepare()
     dated = {f"p{number}.prompt.txt": 500.0 for number in range(4)}
     guard.now = 100.0
     guard.gate.follow(dated)
@@ -623,10 +617,8 @@ def test_new_prompts_with_the_names_of_released_ones_count(guard):
 
 
 def test_what_a_release_let_pass_passes_after_a_restart_though_the_clock_of_a_server_is_ahead(guard):
-    guard.control.prepare()
     assert guard.holds(100.0, 130.0, 130.1, 130.2, 130.3)
-    guard.control.release()
-    guard.gate.follow(named(130.0, 130.1, 130.2, 130.3))
+    guard.release(130.0, 130.1, 130.2, 130.3)
     guard.restart()
     guard.gate.follow()
     assert not guard.holds(101.0, 130.0, 130.1, 130.2, 130.3)
@@ -1167,63 +1159,61 @@ class Slow(Disk):
         super().rename(source, target)
 
 
-def test_two_people_who_retry_a_prompt_at_the_same_moment_send_it_once(tmp_path, sandbox):
+@pytest.fixture
+def failed_elsewhere(tmp_path: Path, sandbox: Sandbox) -> Iterator[Folders]:
+    """A prompt that failed without a charge; the errors folder is on another file system than the inbox."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no other file system")
     with tempfile.TemporaryDirectory(dir=memory) as errors:
         folders = Folders(tmp_path, sandbox.base_url, folders__errors=errors)
         folders.prompt("cat", "[sandbox: 400] No")
-        assert command(folders, "once").returncode == 1
-        others = []
-
-        def meanwhile() -> None:
-            others.append(command(folders, "retry", "cat"))
-            assert command(folders, "once").returncode == 0
-
-        config = folders.config()
-        with open_journal(config) as journal:
-            disk = Slow(meanwhile)
-            again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
-            again.put_back(again.read(again.find("cat")))
-        assert others[0].returncode == 1
-        assert "another command has locked the error file" in others[0].stderr
-        assert (folders.names("inbox"), list(Path(errors).iterdir())) == (["cat.prompt.txt"], [])
-        assert command(folders, "once").returncode == 1
-        assert sandbox.report()["requests"] == 2
+        once(folders, 1)
+        yield folders
 
 
-def test_without_locks_a_second_retry_neither_cuts_the_prompt_nor_puts_it_back_again(tmp_path, sandbox, monkeypatch):
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is no other file system")
+def put_back(folders: Folders, disk: Disk) -> None:
+    """Retry the failed prompt in this process."""
+    config = folders.config()
+    with open_journal(config) as journal:
+        again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
+        again.put_back(again.read(again.find("cat")))
+
+
+def test_two_people_who_retry_a_prompt_at_the_same_moment_send_it_once(failed_elsewhere, sandbox):
+    folders, others = failed_elsewhere, []
+
+    def meanwhile() -> None:
+        others.append(command(folders, "retry", "cat"))
+        once(folders)
+
+    put_back(folders, Slow(meanwhile))
+    assert others[0].returncode == 1
+    assert "another command has locked the error file" in others[0].stderr
+    assert folders.names("inbox") == ["cat.prompt.txt"]
+    assert os.listdir(folders.config().folders.errors) == []
+    once(folders, 1)
+    assert sandbox.report()["requests"] == 2
+
+
+def test_without_locks_a_second_retry_neither_cuts_the_prompt_nor_puts_it_back_again(
+    failed_elsewhere, sandbox, monkeypatch
+):
+    folders = failed_elsewhere
 
     def has_none(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    with tempfile.TemporaryDirectory(dir=memory) as errors:
-        folders = Folders(tmp_path, sandbox.base_url, folders__errors=errors)
-        folders.prompt("cat", "[sandbox: 400] No")
-        assert command(folders, "once").returncode == 1
-        config = folders.config()
+    def meanwhile() -> None:
+        put_back(folders, Disk())
+        assert (folders.inbox / "cat.prompt.txt").read_text() == "[sandbox: 400] No"
+        once(folders, 1)
 
-        def meanwhile() -> None:
-            retry(Disk())
-            assert (folders.inbox / "cat.prompt.txt").read_text() == "[sandbox: 400] No"
-            assert command(folders, "once").returncode == 1
-
-        with open_journal(config) as journal:
-
-            def retry(disk: Disk) -> None:
-                again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
-                again.put_back(again.read(again.find("cat")))
-
-            with monkeypatch.context() as patch:
-                patch.setattr(fcntl, "flock", has_none)
-                with pytest.raises(SpoolError, match="was moved meanwhile"):
-                    retry(Slow(meanwhile, before="sync"))
-        assert folders.names("inbox") == []
-        assert sandbox.report()["requests"] == 2
+    monkeypatch.setattr(fcntl, "flock", has_none)
+    with pytest.raises(SpoolError, match="was moved meanwhile"):
+        put_back(folders, Slow(meanwhile, before="sync"))
+    assert folders.names("inbox") == []
+    assert sandbox.report()["requests"] == 2
 
 
 def test_an_error_file_that_became_another_one_is_not_taken_for_the_one_that_was_read(folders, sandbox):

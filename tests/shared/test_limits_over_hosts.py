@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAMES = ("one", "two", "three")
 NOT_COPIED = shutil.ignore_patterns("*.lock", "lock", "*.tmp")
-"""Of the state folder of a daemon that runs; a temporary file of its status is gone the next moment."""
+"""Of the state folder of a daemon that runs; a temporary file of its status is removed the next moment."""
 FAKE_HOST = """
 import os, socket
 socket.gethostname = lambda: os.environ["FAKE_HOST"]
