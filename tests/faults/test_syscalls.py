@@ -27,7 +27,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -200,12 +200,14 @@ def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
 
 
 def tried_until_hit(root: Path, scene: Scene, *faults: Fault) -> Trial:
-    """Repeat from the beginning until the last fault hits, three times at most.
+    """Repeat from the beginning until the last fault hits, three times at most, the last time at half its number.
 
     The points are those of other starts. Which ones a start reaches depends on timing (``reached``).
     """
-    for number in range(3):
-        trial = tried(root.with_name(f"{root.name}-{number}"), scene, *faults)
+    *before, last = faults
+    earlier = replace(last, point=replace(last.point, number=max(last.point.number // 2, 1)))
+    for number, fault in enumerate((last, last, earlier)):
+        trial = tried(root.with_name(f"{root.name}-{number}"), scene, *before, fault)
         if trial.hit or trial.violation:
             break
     return trial
