@@ -200,13 +200,13 @@ def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
 
 
 def tried_until_hit(root: Path, scene: Scene, *faults: Fault) -> Trial:
-    """Repeat from the beginning until the last fault hits, three times at most, the last time at half its number.
+    """Repeat from the beginning until the last fault hits: at its number, at half of that, and at the first call.
 
     The points are those of other starts. Which ones a start reaches depends on timing (``reached``).
     """
     *before, last = faults
     earlier = replace(last, point=replace(last.point, number=max(last.point.number // 2, 1)))
-    for number, fault in enumerate((last, last, earlier)):
+    for number, fault in enumerate((last, earlier, replace(last, point=replace(last.point, number=1)))):
         trial = tried(root.with_name(f"{root.name}-{number}"), scene, *before, fault)
         if trial.hit or trial.violation:
             break
