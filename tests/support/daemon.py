@@ -147,8 +147,13 @@ class Folders:
 
     def remove_inbox(self) -> None:
         """Remove the inbox of a running daemon when none of its jobs uses it any more."""
+
+        def is_removed() -> bool:
+            shutil.rmtree(self.inbox, ignore_errors=True)  # the daemon may put something there meanwhile
+            return not self.inbox.exists()
+
         until(lambda: self.leftovers() == [])
-        shutil.rmtree(self.inbox)
+        until(is_removed)
 
 
 class Running:
