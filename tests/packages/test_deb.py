@@ -129,6 +129,7 @@ def machine(package, tmp_path_factory) -> Iterator[Container]:
     except Unavailable as error:
         pytest.skip(str(error))
     booted.run("rm", "-f", "/usr/sbin/policy-rc.d")  # a container image may have it, to start no service
+    booted.run("rm", "-f", "/var/lib/man-db/auto-update")  # else each change builds the index of all manual pages
     put(booted, package)
     for name in ("colleague", "stranger"):
         booted.run("useradd", "--create-home", name)
