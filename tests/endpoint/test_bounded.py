@@ -77,14 +77,6 @@ class Effort:
     def __exit__(self, *_):
         self.seconds, self.work = time.monotonic() - self._began, time.thread_time() - self._worked
 
-    def ended_soon(self, after: float) -> None:
-        """Check that a flood was not read much longer than for some seconds.
-
-        Server and reader take turns, and other processes have the cores, too: what this thread did is compared.
-        """
-        assert self.work < after + 1.5
-        assert self.seconds < 30
-
 
 @contextlib.contextmanager
 def served_by(tmp_path, script, **settings):
@@ -128,7 +120,8 @@ def test_an_endless_fast_response_ends_at_the_deadline_and_not_later(tmp_path, m
             station.work()
         error = refused(station, "x", ASK, beside="bin")
         assert "not finished after 1.5 seconds (deadline_seconds)" in error["problems"][0]
-        effort.ended_soon(after=1.5)
+        assert effort.seconds < 20
+        assert effort.work < 5
 
 
 def test_a_response_of_one_byte_per_read_keeps_no_core_busy_and_ends_at_the_deadline(
@@ -323,7 +316,8 @@ def test_an_endless_fast_download_ends_at_its_deadline_and_not_later(monkeypatch
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
     message, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
     assert "not finished after 1.5 seconds" in message
-    effort.ended_soon(after=1.5)
+    assert effort.seconds < 20
+    assert effort.work < 5
 
 
 def test_a_download_of_one_byte_per_read_keeps_no_core_busy(byte_by_byte, certificate):
@@ -370,4 +364,5 @@ def test_an_endless_balance_is_not_available(first, rest):
         asking = Client(Endpoint(base_url=server.base_url, timeout_seconds=2.0), lambda: Key(KEY))
         with contextlib.closing(asking), Effort() as effort, pytest.raises(Unavailable):
             asking.balance()
-    effort.ended_soon(after=2.0)
+    assert effort.seconds < 20
+    assert effort.work < 5
