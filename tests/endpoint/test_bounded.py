@@ -13,6 +13,7 @@ import tracemalloc
 import zlib
 
 import pytest
+from httpcore import HTTP11Connection
 from support.daemon import KEY, TESTS
 from support.scripted import Scripted, drop, heavy, paid, refused, small_image
 from support.station import Station
@@ -67,6 +68,11 @@ def byte_by_byte(certificate):
         process.kill()
 
 
+SMALL_READ = 64 * 1024
+"""With one byte in each chunk, the work for what is read in one go ends before the time is looked at: it is to be short
+on a slow machine, too, so that what is measured is the deadline."""
+
+
 class Effort:
     """The cost of a block: seconds, and CPU seconds of this thread; the server is another one."""
 
@@ -115,13 +121,13 @@ def test_a_response_that_is_mostly_framing_is_cut(tmp_path, monkeypatch, first, 
 @pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
 def test_an_endless_fast_response_ends_at_the_deadline_and_not_later(tmp_path, monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
+    monkeypatch.setattr(HTTP11Connection, "READ_NUM_BYTES", SMALL_READ)
     with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="1.5") as station:
         with Effort() as effort:
             station.work()
         error = refused(station, "x", ASK, beside="bin")
         assert "not finished after 1.5 seconds (deadline_seconds)" in error["problems"][0]
-        assert effort.seconds < 20
-        assert effort.work < 5
+        assert effort.seconds < 4.5
 
 
 def test_a_response_of_one_byte_per_read_keeps_no_core_busy_and_ends_at_the_deadline(
@@ -314,10 +320,10 @@ def test_a_download_with_endless_headers_is_abandoned(first, rest):
 @pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
 def test_an_endless_fast_download_ends_at_its_deadline_and_not_later(monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
+    monkeypatch.setattr(HTTP11Connection, "READ_NUM_BYTES", SMALL_READ)
     message, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
     assert "not finished after 1.5 seconds" in message
-    assert effort.seconds < 20
-    assert effort.work < 5
+    assert effort.seconds < 4.5
 
 
 def test_a_download_of_one_byte_per_read_keeps_no_core_busy(byte_by_byte, certificate):
@@ -364,5 +370,4 @@ def test_an_endless_balance_is_not_available(first, rest):
         asking = Client(Endpoint(base_url=server.base_url, timeout_seconds=2.0), lambda: Key(KEY))
         with contextlib.closing(asking), Effort() as effort, pytest.raises(Unavailable):
             asking.balance()
-    assert effort.seconds < 20
-    assert effort.work < 5
+    assert effort.seconds < 4

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RUNNER = str(TESTS / "support/kill_runner.py")
-KILLS = 8
+KILLS = 14
 SOME = {name: ORDERS[name] for name in ("text", "wrong", "bad", "busy")}
 BROKE = {"broke": Order("a boat [sandbox: 402]", destination="errors", charged="no")}
 

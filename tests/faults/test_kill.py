@@ -1,6 +1,6 @@
 """The real process is killed before each of its changes to the disk, and started again.
 
-``IMAGEWATCH_ALL_KILLS=1`` tries every change; otherwise some of them, evenly spread.
+``IMAGEWATCH_ALL_KILLS=1`` tries every change; otherwise some forty-five of them, evenly spread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RUNNER = str(TESTS / "support/kill_runner.py")
-KILLS = 24
+KILLS = 45
 CONCURRENCY = 2
 
 

@@ -150,11 +150,9 @@ SCENES = {
     ),
 }
 
-CUT_TWICE = {"an edit with two images", "refused"}
+CUT_TWICE = {"text only", "an edit with two images", "busy, then completed", "refused"}
 """Scenes in which each pair of cuts is tried; in the others too with ``IMAGEWATCH_ALL_CUTS=1`` (some minutes)."""
 FAIL_TOO = {
-    "text only",
-    "busy, then completed",
     "images by url",
     "not JSON",
     "broken while sending",

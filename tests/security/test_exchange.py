@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from imagewatch.job.outcome import Outcome
 
 ALL = os.environ.get("IMAGEWATCH_ALL_ATTACKS") == "1"
-MOMENTS = 12
+MOMENTS = 24
 """So many moments of each job are tried ordinarily."""
 DROPPED = {
     "cat.prompt.txt": b"a cat",

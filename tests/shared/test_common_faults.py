@@ -35,7 +35,7 @@ STEPS = os.environ.get("IMAGEWATCH_STEPS", "")
 SLOW = pytest.mark.skipif("IMAGEWATCH_ALL_SHARED" not in os.environ, reason="slow: IMAGEWATCH_ALL_SHARED=1 runs it")
 LONG = pytest.mark.timeout(900 if STEPS else 300)
 AT_THE_SAME_TIME = 4
-TRIED = 6
+TRIED = 10
 
 
 @pytest.fixture

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 TABLES = ("jobs", "attempts", "requests", "events", "holds", "announced", "redeliveries", "sums", "folder_sums")
 
-ALL = os.environ.get("IMAGEWATCH_ALL_SHARED") == "1"
-
 
 class Moving:
     """A daemon that can use its own ledger or the shared database."""
@@ -373,7 +371,7 @@ def test_a_move_that_is_killed_anywhere_never_leaves_two_journals_and_is_finishe
     assert moving.once(shared=not there) == 0
     killed_in_flight(moving, sandbox, shared=not there)
     ends = []
-    for number in range(0, 100, 1 if ALL else 2):
+    for number in range(100):
         code = migrate_killed(moving, target, number)
         may = usable(moving) if number % 3 == 0 or code == 0 else set()
         assert len(may) < 2
@@ -389,7 +387,7 @@ def test_a_move_that_is_killed_anywhere_never_leaves_two_journals_and_is_finishe
         moving.run("migrate", "--to", target, code=None)
         assert usable(moving) == {there}
         moving.run("migrate", "--to", "sqlite" if there else "postgresql")
-    assert len(ends) > (5 if ALL else 2)
+    assert len(ends) > 5
     assert set() in ends
     assert moving.folders.error("flying")["charged"] == "unknown"
     assert sandbox.report()["requests"] == 2

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ALL = os.environ.get("IMAGEWATCH_ALL_SHARED") == "1"
 SLOW = pytest.mark.skipif(not ALL, reason="slow: IMAGEWATCH_ALL_SHARED=1 runs it")
 STEMS = {"text", "edit", "bad"}
-KILLS, STOPS, CUTS = 8, 5, 4
+KILLS, STOPS, CUTS = 16, 5, 4
 pause = threading.Event().wait
 
 
